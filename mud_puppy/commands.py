@@ -1,0 +1,203 @@
+"""The verbs of the command line: preview, merge, export, generate, chat.
+
+A verb is a dataclass of keys (its flags) and a function that calls the room which does the work.
+jax and the rooms are imported inside the functions, so that help and errors come at once.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from mud_puppy.config.keys import DTYPES, Precision
+from mud_puppy.config.output import refuse_filled, writable
+from mud_puppy.config.schema import (
+    AT_LEAST_1,
+    AT_LEAST_2,
+    NOT_NEGATIVE,
+    REQUIRED,
+    Limit,
+    Parser,
+    key,
+)
+
+_flag = partial(key, "flags")
+_TOP_P = Limit("above 0 and at most 1", lambda v: 0 < v <= 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """Show examples as the model will see them, with what is trained on coloured."""
+
+    dataset: str = _flag(REQUIRED, "file or hub data set")
+    model: str = _flag(REQUIRED, "model whose tokenizer and chat template are used")
+    n: int = _flag(3, "rows to show", AT_LEAST_1)
+    max_seq_length: int = _flag(2048, "longest example in tokens", AT_LEAST_2)
+    chat_template: bool = _flag(True, "use the tokenizer's chat template when it has one")
+    train_on_prompt: bool = _flag(False, "train on every token, not on the answers only")
+    roles_to_train: tuple[str, ...] = _flag(("assistant",), "roles that are trained on")
+    on_bad_rows: Literal["stop", "skip"] = _flag("stop", "what to do with a row that is not valid")
+    trust_remote_code: bool = _flag(False, "let the tokenizer run code from its own folder")
+
+
+def run_preview(args: Preview) -> None:
+    """Prints the examples, and what was cut or left out."""
+    import mud_puppy as mp
+    from mud_puppy.data import EncodeOptions, encode, preview_text, read_rows
+
+    rows = read_rows(args.dataset, args.on_bad_rows).rows
+    tokenizer = mp.load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    options = EncodeOptions(
+        chat_template=args.chat_template,
+        roles_to_train=args.roles_to_train,
+        train_on_prompt=args.train_on_prompt,
+        max_seq_length=args.max_seq_length,
+        on_bad_rows=args.on_bad_rows,
+    )
+    data = encode(rows[: args.n], tokenizer, options)
+    print(preview_text(data.examples, tokenizer, args.n, color=sys.stdout.isatty()))
+    print(f"{len(rows)} rows in {args.dataset}", *data.report.lines(), sep="\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Add the adapter to the model's weights and write the merged model."""
+
+    model: str = _flag(REQUIRED, "model folder, hub id or GGUF file")
+    adapter: str = _flag(REQUIRED, "PEFT adapter folder")
+    output: str = _flag(REQUIRED, "folder for the merged model")
+    merge_precision: Precision = _flag("bf16", "type of the merged weights")
+
+
+def run_merge(args: Merge) -> None:
+    """Writes the merged model."""
+    refuse_filled(args.output)
+    writable(args.output)
+    from mud_puppy.export import merge_adapter
+
+    merge_adapter(args.model, args.adapter, args.output, DTYPES[args.merge_precision])
+    print(f"merged model: {args.output}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the model or adapter of a run's checkpoint as other programs load it."""
+
+    run: str = _flag(REQUIRED, "a run's output folder, or one checkpoint-N folder in it")
+    output: str = _flag(REQUIRED, "folder for the model or adapter")
+    step: int | None = _flag(None, "the checkpoint's step; null: the last", AT_LEAST_1)
+    merge_lora: bool = _flag(False, "write the merged model instead of the adapter")
+
+
+def run_export(args: Export) -> None:
+    """Writes the checkpoint's model or adapter."""
+    refuse_filled(args.output)
+    writable(args.output)
+    from mud_puppy.export import export_run
+
+    export_run(args.run, args.output, step=args.step, merge=args.merge_lora)
+    print(f"exported: {args.output}")
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else tuple(value)
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError
+    return texts
+
+
+_PROMPTS = Parser("a text that is not empty", _texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Talk:
+    """What generate and chat share: the model and how it chooses words."""
+
+    model: str = _flag(REQUIRED, "model folder, hub id or GGUF file")
+    adapter: str | None = _flag(None, "PEFT adapter folder to add")
+    precision: Precision = _flag("bf16", "type that the model computes in")
+    max_new_tokens: int = _flag(256, "longest answer in tokens", AT_LEAST_1)
+    temperature: float = _flag(0.0, "0 takes the likeliest token; higher is freer", NOT_NEGATIVE)
+    top_k: int = _flag(0, "sample from this many likeliest tokens; 0: from all", NOT_NEGATIVE)
+    top_p: float = _flag(1.0, "sample from the likeliest tokens of this total probability", _TOP_P)
+    seed: int = _flag(0, "seed of the sampling", NOT_NEGATIVE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Talk):
+    """Answer each prompt, one after the other."""
+
+    prompt: tuple[str, ...] = _flag(REQUIRED, "what to answer", _PROMPTS, repeat=True)
+    chat_template: bool = _flag(True, "put each prompt into the model's chat template, if any")
+
+
+def run_generate(args: Generate) -> None:
+    """Prints the answers."""
+    import mud_puppy as mp
+
+    model, params, tokenizer = _open(args)
+    answers = mp.generate(
+        model,
+        params,
+        tokenizer,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        chat=None if args.chat_template else False,
+    )
+    print(*answers, sep="\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat(Talk):
+    """Talk to the model, a line at a time; /reset starts over, /exit ends."""
+
+    system: str | None = _flag(None, "what the model is told first")
+    max_new_tokens: int = _flag(512, "longest answer in tokens", AT_LEAST_1)
+    temperature: float = _flag(0.7, "0 takes the likeliest token; higher is freer", NOT_NEGATIVE)
+
+
+def run_chat(args: Chat) -> None:
+    """Reads lines from the terminal and shows replies while they are generated."""
+    from mud_puppy.sampling.chat import chat
+    from mud_puppy.sampling.choose import Options
+
+    options = Options(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    chat(*_open(args), options, system=args.system)
+
+
+def _open(args: Talk) -> tuple[Any, Any, Any]:
+    """(model, params, tokenizer), with the adapter if one is named."""
+    import mud_puppy as mp
+
+    model, params = mp.load(args.model, dtype=DTYPES[args.precision])
+    if args.adapter is not None:
+        params = mp.load_adapter(params, args.adapter)
+    return model, params, mp.load_tokenizer(args.model)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A verb: its keys, which of them may stand without a flag, and what it does."""
+
+    keys: type
+    positional: tuple[str, ...]
+    run: Callable[[Any], None]
+
+    @property
+    def help(self) -> str:
+        """Its one line in `mud-puppy --help`."""
+        return (self.keys.__doc__ or "").splitlines()[0]
+
+
+COMMANDS = {
+    "preview": Command(Preview, ("dataset",), run_preview),
+    "merge": Command(Merge, ("model", "adapter"), run_merge),
+    "export": Command(Export, ("run",), run_export),
+    "generate": Command(Generate, ("model",), run_generate),
+    "chat": Command(Chat, ("model",), run_chat),
+}

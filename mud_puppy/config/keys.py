@@ -1,0 +1,285 @@
+"""Every key of a run, in one frozen dataclass: the one definition.
+
+YAML keys, command-line flags, help texts and docs/config.md are made from it. Attributes are flat
+(`config.lora_r`); sections only group the help. `Config.load` is the way in: it converts, fills in
+what depends on the method, and refuses keys that would have no effect. It reads no file but the
+config; `check_output` looks at the output folder.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from mud_puppy.config.refused import refuse
+from mud_puppy.config.schema import (
+    AT_LEAST_1,
+    AT_LEAST_2,
+    BELOW_1,
+    INSIDE_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    REQUIRED,
+    Need,
+    Parser,
+    key,
+    keys_of,
+    names,
+    shown,
+)
+from mud_puppy.config.source import Given, convert_all, from_flags, from_source
+from mud_puppy.errors import UserError, nearest
+
+Method = Literal["full", "lora"]
+Precision = Literal["bf16", "fp32", "fp16"]
+Checkpointing = Literal["none", "full", "attention", "projections"]
+Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant"]
+Optimizer = Literal["adamw", "adafactor", "lion", "sgd", "muon"]
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+MESH_AXES = ("data", "fsdp")
+FULL_LEARNING_RATE = 2e-5
+
+_LORA = Need("method lora", lambda c: c.method == "lora")
+_NEW_ADAPTER = Need(
+    "a new adapter: method lora, and adapter_mode stack if adapter is set (continue keeps its own)",
+    lambda c: c.method == "lora" and (c.adapter is None or c.adapter_mode == "stack"),
+)
+_ADAPTER = Need("adapter", lambda c: c.adapter is not None)
+_MERGE = Need("merge_lora", lambda c: c.merge_lora)
+_EVAL = Need("eval_dataset or eval_split", lambda c: c.eval_dataset or c.eval_split)
+_NO_EVAL_SET = Need("no eval_dataset (give one of the two)", lambda c: c.eval_dataset is None)
+_NO_TOKENS = Need("no tokens_per_batch (give one of the two)", lambda c: c.tokens_per_batch is None)
+_NO_PROMPT = Need("train_on_prompt to be false", lambda c: not c.train_on_prompt)
+_NO_WARMUP = Need("warmup_steps 0 (give one of the two)", lambda c: c.warmup_steps == 0)
+_NO_RESUME = Need("resume to be false (give one of the two)", lambda c: not c.resume)
+_NO_MESH = Need("no mesh (give one of the two)", lambda c: c.mesh is None)
+_RESTARTS = Need(
+    "lr_scheduler cosine_with_restarts", lambda c: c.lr_scheduler == "cosine_with_restarts"
+)
+_POLYNOMIAL = Need("lr_scheduler polynomial", lambda c: c.lr_scheduler == "polynomial")
+_ADAMW = Need("optimizer adamw", lambda c: c.optimizer == "adamw")
+_SAMPLES = Need("sample_prompts", lambda c: c.sample_prompts != 0)
+
+
+def _mesh(value: Any) -> str:
+    """The text itself when its form is right; `parallel.make_mesh` reads it and counts devices."""
+    if isinstance(value, Mapping):
+        value = ",".join(f"{axis}={size}" for axis, size in value.items())
+    if not isinstance(value, str):
+        raise ValueError
+    parts = [part.partition("=") for part in value.replace(" ", "").split(",")]
+    for axis, _, size in parts:
+        if axis not in MESH_AXES:
+            raise ValueError(f"axes are data and fsdp.{nearest(axis, MESH_AXES)}")
+        if not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise ValueError(f"{axis} needs a size of at least 1, or -1 for the devices left over")
+    if len({axis for axis, _, _ in parts}) < len(parts):
+        raise ValueError("an axis stands twice")
+    return ",".join(axis + "=" + size for axis, _, size in parts)
+
+
+def _targets(value: Any) -> str | tuple[str, ...]:
+    """Module names as a tuple; "all-linear" or a regular expression stays a text."""
+    if value == "all-linear" or not isinstance(value, str):
+        return value if isinstance(value, str) else names(value)
+    if re.fullmatch(r"[\w.,\s-]+", value):
+        return names(value)
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"as a regular expression: {error}") from None
+    return value
+
+
+def _prompts(value: Any) -> int | tuple[str, ...]:
+    """A count, or the prompts themselves; a flag given once or several times arrives as a list."""
+    if isinstance(value, list | tuple):
+        texts = [text for text in value if isinstance(text, str) and text]
+        if not texts or len(texts) < len(value):
+            raise ValueError
+        if len(texts) > 1 or not texts[0].isdecimal():
+            return tuple(texts)
+        value = texts[0]
+    if isinstance(value, bool) or not str(value).isdecimal():
+        raise ValueError
+    return int(str(value))
+
+
+_MESH = Parser("a mesh such as data=2,fsdp=4", _mesh)
+_TARGETS = Parser("all-linear, module names or a regular expression", _targets)
+_PROMPTS = Parser("a count or a list of prompts", _prompts)
+
+_run = partial(key, "run")
+_data = partial(key, "data")
+_train = partial(key, "training")
+_lora = partial(key, "LoRA")
+_devices = partial(key, "devices")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All keys of a run, converted and checked; make one with `Config.load`."""
+
+    model: str = _run(REQUIRED, "model folder, hub id or GGUF file")
+    dataset: str = _run(REQUIRED, "JSONL, JSON, CSV, parquet or text file, or hub data set")
+    output: str = _run(REQUIRED, "folder for the result, checkpoints and report")
+    method: Method = _run("lora", "what is trained")
+    precision: Precision = _run("bf16", "type that the forward and backward pass compute in")
+    seed: int = _run(0, "seed of data order, adapter init, dropout and samples", NOT_NEGATIVE)
+    resume: bool = _run(False, "go on from the last checkpoint in output")
+    overwrite: bool = _run(False, "replace what is in output", needs=_NO_RESUME)
+    save_steps: int | None = _run(
+        500, "steps between checkpoints; null: only at the end", AT_LEAST_1
+    )
+    keep_checkpoints: int = _run(3, "checkpoints kept, beside the best one", AT_LEAST_1)
+    logging_steps: int = _run(1, "steps between lines of metrics", AT_LEAST_1)
+    log_with: Literal["none", "tensorboard", "wandb"] = _run("none", "where metrics go as well")
+    sample_prompts: int | tuple[str, ...] = _run(
+        3,
+        "prompts answered before and after training: this many of the data's, or these",
+        _PROMPTS,
+        repeat=True,
+    )
+    sample_max_new_tokens: int = _run(64, "longest sample in tokens", AT_LEAST_1, needs=_SAMPLES)
+
+    max_seq_length: int = _data(2048, "longest example in tokens", AT_LEAST_2)
+    pack_sequences: bool = _data(True, "put several examples into one row (no attention between)")
+    chat_template: bool = _data(True, "use the tokenizer's chat template when it has one")
+    train_on_prompt: bool = _data(False, "train on every token, not on the answers only")
+    roles_to_train: tuple[str, ...] = _data(
+        ("assistant",), "roles whose messages are trained on", needs=_NO_PROMPT
+    )
+    on_long: Literal["truncate", "skip", "stop"] = _data(
+        "truncate", "what to do with a longer example"
+    )
+    on_bad_rows: Literal["stop", "skip"] = _data("stop", "what to do with a row that is not valid")
+    eval_dataset: str | None = _data(None, "file or hub data set to evaluate on")
+    eval_split: float | None = _data(
+        None, "fraction of the dataset held out to evaluate on", INSIDE_1, needs=_NO_EVAL_SET
+    )
+    num_workers: int = _data(0, "threads that make batches ahead of the step", NOT_NEGATIVE)
+    preprocess_workers: int = _data(1, "processes that tokenize", AT_LEAST_1)
+    trust_remote_code: bool = _data(False, "let the tokenizer run code from its own folder")
+
+    batch_size: int = _train(
+        4, "rows a step and accumulation, over all devices", AT_LEAST_1, needs=_NO_TOKENS
+    )
+    tokens_per_batch: int | None = _train(
+        None, "tokens a step and accumulation, instead of batch_size", AT_LEAST_1
+    )
+    gradient_accumulation: int = _train(1, "batches added up for one update", AT_LEAST_1)
+    learning_rate: float = _train(2e-4, "highest learning rate (method full: 2e-5)", POSITIVE)
+    epochs: float | None = _train(
+        None, "passes over the data (1 unless max_steps is set; the first reached ends)", POSITIVE
+    )
+    max_steps: int | None = _train(None, "end after this many updates", AT_LEAST_1)
+    lr_scheduler: Schedule = _train("linear", "how the learning rate falls after the warmup")
+    lr_restarts: int = _train(3, "cycles of cosine_with_restarts", AT_LEAST_1, needs=_RESTARTS)
+    lr_power: float = _train(2.0, "power of polynomial", POSITIVE, needs=_POLYNOMIAL)
+    warmup_steps: int = _train(0, "updates until the highest learning rate", NOT_NEGATIVE)
+    warmup_ratio: float = _train(0.0, "warmup as a fraction of the run", BELOW_1, needs=_NO_WARMUP)
+    optimizer: Optimizer = _train("adamw", "optimizer")
+    weight_decay: float = _train(0.0, "decoupled weight decay", NOT_NEGATIVE)
+    adam_beta1: float = _train(0.9, "decay of the mean gradient", BELOW_1, needs=_ADAMW)
+    adam_beta2: float = _train(0.999, "decay of the squared gradient", BELOW_1, needs=_ADAMW)
+    adam_epsilon: float = _train(1e-8, "added to the denominator", POSITIVE, needs=_ADAMW)
+    max_grad_norm: float | None = _train(1.0, "clip the gradient's norm; null: never", POSITIVE)
+    gradient_checkpointing: Checkpointing = _train(
+        "full", "what the backward pass computes again: all, all but attention, ...", off="none"
+    )
+    eval_steps: int | None = _train(
+        None, "updates between evaluations; null: at the end of an epoch", AT_LEAST_1, needs=_EVAL
+    )
+    early_stopping: int | None = _train(
+        None, "end after this many evaluations without a better loss", AT_LEAST_1, needs=_EVAL
+    )
+
+    lora_r: int = _lora(16, "rank", AT_LEAST_1, needs=_NEW_ADAPTER)
+    lora_alpha: float = _lora(32.0, "scale: alpha / rank", POSITIVE, needs=_NEW_ADAPTER)
+    lora_dropout: float = _lora(0.0, "dropout on the adapter's input", BELOW_1, needs=_LORA)
+    lora_targets: str | tuple[str, ...] = _lora(
+        "all-linear", "modules that get an adapter", _TARGETS, needs=_NEW_ADAPTER
+    )
+    lora_rslora: bool = _lora(False, "scale: alpha / sqrt(rank)", needs=_NEW_ADAPTER)
+    lora_dora: bool = _lora(False, "train magnitudes as well (DoRA)", needs=_NEW_ADAPTER)
+    loraplus_lr_ratio: float = _lora(
+        1.0, "learning rate of B over that of A (LoRA+)", POSITIVE, needs=_LORA
+    )
+    adapter: str | None = _lora(None, "PEFT adapter folder to start from", needs=_LORA)
+    adapter_mode: Literal["continue", "stack"] = _lora(
+        "continue", "train that adapter on, or a new one on top", needs=_ADAPTER
+    )
+    merge_lora: bool = _lora(False, "write the merged model to output/merged too", needs=_LORA)
+    merge_precision: Precision = _lora("bf16", "type of the merged model", needs=_MERGE)
+
+    mesh: str | None = _devices(None, "axes and sizes (null: fsdp over all local devices)", _MESH)
+    device_map: Literal["auto"] = _devices("auto", "auto: all local devices", needs=_NO_MESH)
+
+    @staticmethod
+    def load(
+        source: "Config | Mapping[str, Any] | str | os.PathLike",
+        overrides: Mapping[str, Any] | None = None,
+    ) -> "Config":
+        """The config from a YAML file or a mapping, with `overrides` (flags) on top.
+
+        Raises UserError, in one line that names file or flag, key and value, for an unknown or
+        refused key, a bad value, a missing required key, or a key without effect.
+        """
+        base = source.to_dict() if isinstance(source, Config) else source
+        return _finish(from_source(base) | from_flags(overrides or {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys that have an effect, as plain YAML values; `load` gives an equal Config."""
+        used = [spec for spec in KEYS.values() if _has_effect(spec, self)]
+        values = {spec.name: self.__dict__[spec.name] for spec in used}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+KEYS = keys_of(Config)
+
+
+def _finish(given: dict[str, Given]) -> Config:
+    """Convert what was given, fill in the rest, check the keys against each other."""
+    for name, item in given.items():
+        refuse(name, item.value, item.label)
+    values = convert_all(KEYS, given, missing_hint=" or `{name}:` in the config file")
+    if values.get("method") == "full":
+        values.setdefault("learning_rate", FULL_LEARNING_RATE)
+    if values.get("max_steps") is None and values.get("epochs") is None:
+        values["epochs"] = 1.0
+    config = Config(**values)
+    _check_effects(config, given)
+    _check_sizes(config, given)
+    return config
+
+
+def _has_effect(spec: dataclasses.Field, config: Config) -> bool:
+    need = spec.metadata["needs"]
+    return need is None or bool(need.test(config))
+
+
+def _check_effects(config: Config, given: dict[str, Given]) -> None:
+    """A key set to more than null, false or 0 must have an effect."""
+    for name, item in given.items():
+        spec = KEYS[name]
+        if config.__dict__[name] and not _has_effect(spec, config):
+            words = spec.metadata["needs"].words
+            raise UserError(
+                f"{item.label}: {shown(item.value)} has no effect: {name} needs {words}."
+            )
+
+
+def _check_sizes(config: Config, given: dict[str, Given]) -> None:
+    if config.max_steps is not None and config.warmup_steps > config.max_steps:
+        raise UserError(
+            f"{given['warmup_steps'].label}: {config.warmup_steps} is more than max_steps "
+            f"({config.max_steps}); the warmup must fit into the run."
+        )
+    if config.tokens_per_batch is not None and config.tokens_per_batch < config.max_seq_length:
+        raise UserError(
+            f"{given['tokens_per_batch'].label}: {config.tokens_per_batch} is less than "
+            f"max_seq_length ({config.max_seq_length}); a batch must hold at least one row."
+        )

@@ -1,0 +1,45 @@
+"""Keys and values of the original, or of a later issue, that are refused by name with the reason.
+
+Nothing is accepted and ignored: what does not exist yet, or means nothing under XLA, says so.
+"""
+
+from typing import Any
+
+from mud_puppy.errors import UserError
+
+_QUANTIZATION = "arrives with the quantization issue (#4)"
+_PREFERENCE = "arrives with the preference and reward-model issue (#7)"
+_GPTQ = f"belongs to method gptq, which {_QUANTIZATION}"
+
+VALUES: dict[tuple[str, str], str] = {
+    ("method", "qlora"): f"{_QUANTIZATION}; use lora",
+    ("method", "gptq"): _QUANTIZATION,
+    ("method", "qat"): _QUANTIZATION,
+    ("method", "preference"): _PREFERENCE,
+    ("method", "rm"): _PREFERENCE,
+    ("method", "prm"): _PREFERENCE,
+    ("method", "rl"): "arrives with the reinforcement-learning issue",
+    ("method", "multimodal"): "arrives with the image-model issue",
+    ("precision", "fp8"): f"{_QUANTIZATION}; use bf16",
+    ("device_map", "pipeline"): "arrives with the scaling issue; use mesh (for example fsdp=4)",
+}
+
+KEYS: dict[str, str] = {
+    "preference": _PREFERENCE,
+    "quant_backend": _QUANTIZATION,
+    "compile": "has no meaning here: every step is already compiled by XLA; remove it",
+    "stream": "arrives with the scaling issue; remove it",
+    "prefetch_layers": "belongs to stream, which arrives with the scaling issue; remove it",
+    "zero_offload": "arrives with the scaling issue; use mesh (for example fsdp=4)",
+    "gptq_group_size": _GPTQ,
+    "gptq_actorder": _GPTQ,
+    "gptq_damp_percent": _GPTQ,
+}
+
+
+def refuse(key: str, value: Any, label: str) -> None:
+    """Raise UserError with the reason when this key, or this value of it, is refused."""
+    if key in KEYS:
+        raise UserError(f"{label}: {KEYS[key]}.")
+    if isinstance(value, str) and (key, value) in VALUES:
+        raise UserError(f"{label}: {value} {VALUES[key, value]}.")

@@ -1,0 +1,109 @@
+"""Params to folders that other programs load: HF safetensors, full or with adapters merged.
+
+Tensors go to disk one at a time, each gathered from its shards, merged and rounded just before.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mud_puppy.errors import UserError
+from mud_puppy.model.files import find_model
+from mud_puppy.model.load import check_dtype, load
+from mud_puppy.model.module import Model
+from mud_puppy.model.names import flatten, hf_names
+from mud_puppy.model.save import Spec, write_configs, write_tokenizer, write_weights
+from mud_puppy.weights import Lora, base_of, dense, is_weight
+from mud_puppy.weights.adapter import load_adapter
+
+Tree = Any
+
+_MAX_SHARD_BYTES = 5 * 10**9
+
+
+def save_hf(
+    model: Model,
+    params: Tree,
+    out: str | Path,
+    dtype: str | None = "bfloat16",
+    tokenizer: Any = None,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+) -> None:
+    """Writes a folder that transformers loads: safetensors, config, generation config, tokenizer.
+
+    dtype: of every tensor, None keeps each leaf's. tokenizer: saved along; None takes that of the
+    folder or GGUF file that the model came from. UserError for params with adapters, and when the
+    folder cannot be written. An older model in the folder is replaced.
+    """
+    if any(isinstance(w, Lora) for w in jax.tree.leaves(params, is_leaf=is_weight)):
+        raise UserError(
+            "these params have adapters: merge them first (merge_lora), or write the adapter alone "
+            "(save_adapter)"
+        )
+    save_merged(model, params, out, dtype, tokenizer, max_shard_bytes)
+
+
+def save_merged(
+    model: Model,
+    params: Tree,
+    out: str | Path,
+    dtype: str | None = "bfloat16",
+    tokenizer: Any = None,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+) -> None:
+    """`save_hf` with every adapter added into its base: in float32, rounded once, layer by layer."""
+    check_dtype(dtype)
+    out = Path(out).expanduser()
+    source = None if model.source is None else find_model(model.source, weights=False)
+    leaves = flatten(params)
+    places = {
+        name: (leaves[path], layer if path.startswith("layers/") else None)
+        for path, names in hf_names(model.arch, params).items()
+        for layer, name in enumerate(names)
+    }
+    specs = {name: _spec(*place, dtype) for name, place in places.items()}
+
+    def tensor(name: str) -> np.ndarray:
+        return np.asarray(_tensor(*places[name], specs[name][1]))
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_weights(out, specs, tensor, max_shard_bytes)
+        write_tokenizer(out, source, tokenizer)
+        write_configs(out, source, json.loads(model.arch.config), dtype or _widest(specs))
+    except OSError as error:
+        raise UserError(f"{out}: the model cannot be written: {error}") from None
+
+
+def merge_adapter(
+    model_source: str | Path,
+    adapter_dir: str | Path,
+    output: str | Path,
+    dtype: str | None = "bfloat16",
+) -> None:
+    """Base model + PEFT adapter -> one HF folder. The base is read in the dtype it is stored in."""
+    check_dtype(dtype)
+    model, params = load(model_source, dtype=None)
+    save_merged(model, load_adapter(params, adapter_dir), output, dtype)
+
+
+def _spec(leaf: Any, layer: int | None, dtype: str | None) -> Spec:
+    base = base_of(leaf)
+    shape = base.shape if layer is None else base.shape[1:]
+    return tuple(shape), np.dtype(dtype or base.dtype)
+
+
+@partial(jax.jit, static_argnums=2)
+def _tensor(leaf: Any, layer: Any, dtype: np.dtype) -> jax.Array:
+    # The layer's number is an argument, not a constant: one compilation serves all layers.
+    if layer is not None:
+        leaf = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), leaf)
+    return dense(leaf).astype(dtype)
+
+
+def _widest(specs: dict[str, Spec]) -> str:
+    return max((dtype for _, dtype in specs.values()), key=lambda dtype: dtype.itemsize).name

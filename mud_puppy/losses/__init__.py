@@ -1,0 +1,5 @@
+"""Losses: arrays in, (scalar, {name: (sum, count)}) out. No model, no config."""
+
+from mud_puppy.losses.sft import sft
+
+__all__ = ["sft"]

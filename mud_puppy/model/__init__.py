@@ -1,0 +1,25 @@
+"""The model: architecture, one decoder, family tables, and reading and writing HF checkpoints."""
+
+from mud_puppy.model.arch import Arch, Rope
+from mud_puppy.model.decoder import Cache, Inputs, head, make_cache, scan_layers
+from mud_puppy.model.load import abstract, load
+from mud_puppy.model.module import Decoder, Model, axes, build, init
+from mud_puppy.model.tokenizer import load_tokenizer
+
+__all__ = [
+    "Arch",
+    "Cache",
+    "Decoder",
+    "Inputs",
+    "Model",
+    "Rope",
+    "abstract",
+    "axes",
+    "build",
+    "head",
+    "init",
+    "load",
+    "load_tokenizer",
+    "make_cache",
+    "scan_layers",
+]

@@ -1,0 +1,212 @@
+"""The one decoder: embedding, blocks of attention and MLP, final norm, as functions of params.
+
+What differs between families is in `Arch` and in which leaves are present (a bias, a q_norm, an
+untied head); nothing here asks for a family's name. How layers are run is injected (`scan_layers`
+here; streaming and pipelined runners come from `parallel/`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from mud_puppy.kernels import decode_attention, flash_attention
+from mud_puppy.model.arch import Arch
+from mud_puppy.model.rope import rope_tables, rotate
+from mud_puppy.parallel import split_batch
+from mud_puppy.weights import embed, linear, linears
+
+Tree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Inputs:
+    """tokens, positions, segment_ids int32 [B, T] (segment 0 is padding, None: all one example).
+
+    positions count from 0 in each example. `embeds` [N, D] replaces the embedding of token (b, t)
+    by row `embed_index[b, t]` where that is >= 0 (images).
+    """
+
+    tokens: Any
+    positions: Any = None
+    segment_ids: Any = None
+    embeds: Any = None
+    embed_index: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of every layer, [L, B, S, K, hd]; slot s holds the token at position s."""
+
+    k: Any
+    v: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What every layer reads and none changes."""
+
+    positions: Any
+    segment_ids: Any
+    cos: Any
+    sin: Any
+
+
+def make_cache(arch: Arch, batch: int, slots: int, dtype: Any) -> Cache:
+    shape = (arch.layers, batch, slots, arch.kv_heads, arch.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def decode(
+    arch: Arch,
+    params: Tree,
+    inputs: Inputs,
+    cache: Cache | None,
+    run_layers: Callable[..., tuple[Array, Cache | None]],
+    dtype: Any = None,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """Hidden states after the final norm, in `dtype` (None: the embedding's own), and the cache."""
+    tokens = inputs.tokens
+    positions = inputs.positions
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x = embed(params["embed"], tokens)
+    if inputs.embeds is not None:
+        given = inputs.embeds[jnp.maximum(inputs.embed_index, 0)].astype(x.dtype)
+        x = jnp.where(inputs.embed_index[..., None] >= 0, given, x)
+    x = split_batch(x if dtype is None else x.astype(dtype))
+    cos, sin = rope_tables(arch.rope, positions, inputs.segment_ids)
+    context = Context(positions, inputs.segment_ids, cos, sin)
+    start = 0
+    for group in params["layers"]:
+        windows = arch.windows[start : start + len(group)]
+        layers = partial(_period, arch, windows, context)
+        x, cache = run_layers(layers, group, x, cache, start)
+        start += len(group) * jax.tree.leaves(group)[0].shape[0]
+    return rms_norm(x, params["final_norm"], arch.norm_eps), cache
+
+
+REMAT = ("none", "full", "attention", "projections")
+
+
+def scan_layers(
+    layers: Callable, group: list[Tree], x: Array, cache: Cache | None, start: int,
+    remat: str = "full",
+) -> tuple[Array, Cache | None]:
+    """Runs a group with one `lax.scan` over its repeats.
+
+    remat, what the backward pass finds saved: "full": only each repeat's input; "attention": its
+    attention output too; "projections": also q, k, v, gate and up; "none": everything.
+    """
+    n = jax.tree.leaves(group)[0].shape[0]
+
+    def body(carry: Any, step: Any) -> tuple[Any, None]:
+        blocks, r = step
+        return layers(blocks, *carry, start + r * len(group)), None
+
+    body = body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat])
+    (x, cache), _ = jax.lax.scan(body, (x, cache), (group, jnp.arange(n)))
+    return x, cache
+
+
+_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "projections": jax.checkpoint_policies.save_only_these_names("attention", "qkv", "gate_up"),
+}
+
+
+def _period(
+    arch: Arch, windows: tuple, context: Context, blocks: list[Tree], x: Array,
+    cache: Cache | None, layer: Array,
+) -> tuple[Array, Cache | None]:
+    """One repeat of a group's pattern; `layer` is the number of its first layer."""
+    for j, (p, window) in enumerate(zip(blocks, windows, strict=True)):
+        x, cache = _block(arch, window, context, p, x, cache, layer + j)
+    return x, cache
+
+
+def _block(
+    arch: Arch, window: int | None, context: Context, p: Tree, x: Array,
+    cache: Cache | None, layer: Array,
+) -> tuple[Array, Cache | None]:
+    h = rms_norm(x, p["attn_norm"], arch.norm_eps)
+    h, cache = _attention(arch, window, context, p["self_attn"], h, cache, layer)
+    x = x + h
+    x = x + _mlp(arch, p["mlp"], rms_norm(x, p["mlp_norm"], arch.norm_eps))
+    return split_batch(x), cache
+
+
+def _attention(
+    arch: Arch, window: int | None, context: Context, p: Tree, x: Array,
+    cache: Cache | None, layer: Array,
+) -> tuple[Array, Cache | None]:
+    *lead, _ = x.shape
+    qkv = _modules(x, [p["q_proj"], p["k_proj"], p["v_proj"]])
+    q, k, v = (checkpoint_name(y, "qkv").reshape(*lead, -1, arch.head_dim) for y in qkv)
+    if "q_norm" in p:
+        q = rms_norm(q, p["q_norm"], arch.norm_eps)
+        k = rms_norm(k, p["k_norm"], arch.norm_eps)
+    q, k = (rotate(y, context.cos, context.sin) for y in (q, k))
+    if cache is None:
+        out = flash_attention(q, k, v, window=window, segment_ids=context.segment_ids)
+    else:
+        cache = _write(cache, layer, context.positions, k, v)
+        out = decode_attention(q, cache.k[layer], cache.v[layer], context.positions, window=window)
+    out = checkpoint_name(out.reshape(*lead, -1), "attention")
+    return _modules(out, [p["o_proj"]])[0], cache
+
+
+def _write(cache: Cache, layer: Array, positions: Array, k: Array, v: Array) -> Cache:
+    rows = jnp.arange(k.shape[0])[:, None]
+    return Cache(
+        cache.k.at[layer, rows, positions].set(k.astype(cache.k.dtype)),
+        cache.v.at[layer, rows, positions].set(v.astype(cache.v.dtype)),
+    )
+
+
+_ACT = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def _mlp(arch: Arch, p: Tree, x: Array) -> Array:
+    gate, up = (checkpoint_name(y, "gate_up") for y in _modules(x, [p["gate_proj"], p["up_proj"]]))
+    return _modules(_ACT[arch.act](gate) * up, [p["down_proj"]])[0]
+
+
+def _modules(x: Array, modules: list[Tree]) -> list[Array]:
+    """x @ weight.T + bias of several linear modules that read the same x."""
+    ys = linears(x, [m["weight"] for m in modules])
+    return [y + m["bias"].astype(y.dtype) if "bias" in m else y for y, m in zip(ys, modules)]
+
+
+def rms_norm(
+    x: Float[Array, "*B n"], w: Float[Array, " n"], eps: float
+) -> Float[Array, "*B n"]:
+    """Root-mean-square norm over the last axis, the mean in float32 (arXiv:1910.07467)."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * w.astype(x.dtype)
+
+
+def head(params: Tree) -> Any:
+    """The output head [V, D]: its own leaf, or the embedding where they are tied."""
+    return params.get("head", params["embed"])
+
+
+def logits(params: Tree, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    return linear(hidden, head(params)).astype(jnp.float32)
+
+

@@ -1,0 +1,144 @@
+"""`load`: a model from disk into (sharded) arrays; `abstract`: its shapes from the config alone.
+
+Names, shapes and dtypes are checked before the first byte is read. Each leaf is then read into the
+host buffers of its shards (`read.py`), so that the peak is the model and one block of rows.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mud_puppy.errors import UserError, nearest
+from mud_puppy.model.arch import Arch
+from mud_puppy.model.families import IGNORED_TENSORS, read_config
+from mud_puppy.model.files import find_model, open_tensors
+from mud_puppy.model.gguf import open_gguf
+from mud_puppy.model.hf_config import read_config_file, to_config
+from mud_puppy.model.module import Model, axes, build
+from mud_puppy.model.names import flatten, hf_names, unflatten
+from mud_puppy.model.read import blocks, read_leaf
+from mud_puppy.model.safetensors import DTYPES, Stored
+from mud_puppy.parallel import shardings
+
+Tree = Any
+Tensors = dict[str, Stored]
+
+
+def load(
+    source: str | Path,
+    dtype: str | None = "bfloat16",
+    mesh: Mesh | None = None,
+    on_leaf: Callable[[str, jax.Array], Any] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Model, Tree]:
+    """(model, params) from a folder of safetensors, a GGUF file or a hub id.
+
+    dtype: of every leaf; None keeps what is stored (GGUF: float32). mesh: shards the leaves by
+    `parallel.rules`. on_leaf(path, array) replaces each finished leaf, e.g. by a quantized one;
+    paths look like "layers/0/0/self_attn/q_proj/weight". trust_remote_code reaches the config
+    only. Whatever is wrong with the files is a UserError that names file and tensor.
+    """
+    check_dtype(dtype)
+    path = find_model(source, code=trust_remote_code)
+    if path.is_file():
+        config, tensors = open_gguf(path)
+    else:
+        config, tensors = read_config_file(path, trust_remote_code), open_tensors(path)
+    arch = _read_arch(config, path)
+    model, shapes = build(arch, _lasting(source))
+    names, structs = hf_names(arch, shapes), flatten(shapes)
+    _check(arch, names, structs, tensors, path)
+    over = {} if mesh is None else flatten(shardings(mesh, axes(arch), shapes))
+    leaves = {}
+    for leaf, struct in structs.items():
+        parts = [tensors[name] for name in names[leaf]]
+        array = read_leaf(parts, struct.shape, dtype, over.get(leaf))
+        leaves[leaf] = array if on_leaf is None else on_leaf(leaf, array)
+    return model, unflatten(shapes, leaves)
+
+
+def abstract(source: Any, dtype: str = "bfloat16") -> tuple[Model, Tree]:
+    """(model, ShapeDtypeStructs) as `load` gives arrays, from the config alone.
+
+    source: as for `load`, or a transformers config, or the fields of a config.json.
+    """
+    check_dtype(dtype)
+    if not isinstance(source, str | Path):
+        model, shapes = build(_read_arch(to_config(source), "config"))
+    else:
+        path = find_model(source, weights=False)
+        config = open_gguf(path)[0] if path.is_file() else read_config_file(path)
+        model, shapes = build(_read_arch(config, path), _lasting(source))
+    kind = jnp.dtype(dtype)
+    return model, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind), shapes)
+
+
+def check_dtype(dtype: str | None) -> None:
+    """UserError unless `dtype` names a float dtype that weights can have (or is None)."""
+    known = sorted(d.name for d in DTYPES.values())
+    if dtype is not None and dtype not in known:
+        raise UserError(f"dtype '{dtype}' is not one of {', '.join(known)}.{nearest(dtype, known)}")
+
+
+def _lasting(source: str | Path) -> str:
+    """The source as `Model` keeps it: a hub id, or a path that holds from any directory."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else str(source)
+
+
+def _read_arch(config: Any, where: Path | str) -> Arch:
+    try:
+        return read_config(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _check(
+    arch: Arch, names: dict[str, list[str]], structs: dict[str, Any], tensors: Tensors, where: Path
+) -> None:
+    """Every tensor that the model needs is there in its shape, and none is left over."""
+    for path, struct in structs.items():
+        expected = struct.shape[1:] if path.startswith("layers/") else struct.shape
+        for name in names[path]:
+            if name not in tensors:
+                raise UserError(
+                    f"{where}: tensor '{name}' {expected} is missing: the checkpoint is "
+                    f"incomplete, or its config is another model's"
+                )
+            if tensors[name].shape != expected:
+                raise UserError(
+                    f"{where}: tensor '{name}' has shape {tensors[name].shape}, "
+                    f"but the config says {expected}"
+                )
+    used = {name for group in names.values() for name in group}
+    unread = [name for name in tensors if name not in used and not _ignored(name)]
+    if arch.tied and "lm_head.weight" in unread:
+        _check_tied(tensors["lm_head.weight"], tensors[names["embed"][0]], where)
+        unread.remove("lm_head.weight")
+    if unread:
+        raise UserError(
+            f"{where}: tensor '{unread[0]}' {tensors[unread[0]].shape} has no place in this "
+            f"{arch.family} model ({len(unread)} such): its config is another model's"
+        )
+
+
+def _ignored(name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in IGNORED_TENSORS)
+
+
+def _check_tied(head: Stored, embed: Stored, where: Path) -> None:
+    """A tied model's file may hold its head too, but only as the same numbers."""
+    same = head.shape == embed.shape and head.dtype == embed.dtype
+    if same:
+        pairs = zip(blocks(head), blocks(embed), strict=True)
+        same = all(x.tobytes() == y.tobytes() for (_, x), (_, y) in pairs)
+    if not same:
+        raise UserError(
+            f"{where}: the config ties the head to the embedding, but 'lm_head.weight' differs "
+            "from it; set tie_word_embeddings to false in config.json"
+        )

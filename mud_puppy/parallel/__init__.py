@@ -1,0 +1,23 @@
+"""Meshes and shardings."""
+
+from mud_puppy.parallel.mesh import make_mesh
+from mud_puppy.parallel.rules import (
+    batch_devices,
+    batch_sharding,
+    like,
+    replicated,
+    shardings,
+    split_batch,
+    weight_sharding,
+)
+
+__all__ = [
+    "batch_devices",
+    "batch_sharding",
+    "like",
+    "make_mesh",
+    "replicated",
+    "shardings",
+    "split_batch",
+    "weight_sharding",
+]

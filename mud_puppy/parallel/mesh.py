@@ -1,0 +1,45 @@
+"""The device mesh: axes `data` (copies of the model) and `fsdp` (one model, split between devices).
+
+Both split the batch. Axes are Auto: arrays carry shardings, XLA inserts the collectives.
+"""
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from mud_puppy.errors import UserError
+
+AXES = ("data", "fsdp")
+
+
+def make_mesh(spec: str | None = None) -> Mesh:
+    """A mesh from "data=2,fsdp=4". None: every local device on fsdp. -1: the devices left over."""
+    count = len(jax.devices())
+    sizes = {"data": 1, "fsdp": -1} if spec is None else _parse(spec)
+    given = 1
+    for size in sizes.values():
+        given *= size if size > 0 else 1
+    sizes = {axis: count // given if size < 0 else size for axis, size in sizes.items()}
+    used = sizes["data"] * sizes["fsdp"]
+    if used > count or used == 0:
+        raise UserError(f"mesh '{spec}' needs {max(used, given)} devices, {count} are here")
+    return jax.make_mesh(
+        (sizes["data"], sizes["fsdp"]),
+        AXES,
+        axis_types=(AxisType.Auto,) * 2,
+        devices=jax.devices()[:used],
+    )
+
+
+def _parse(spec: str) -> dict[str, int]:
+    sizes = {"data": 1, "fsdp": 1}
+    for part in spec.split(","):
+        axis, _, size = part.partition("=")
+        if axis.strip() not in sizes or not size.strip().lstrip("-").isdigit():
+            raise UserError(f"mesh '{spec}': expected e.g. 'data=2,fsdp=4' (axes data and fsdp)")
+        value = int(size)
+        if value == 0 or value < -1:
+            raise UserError(f"mesh '{spec}': an axis has at least 1 device, or -1 for the rest")
+        sizes[axis.strip()] = value
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError(f"mesh '{spec}': only one axis can be -1")
+    return sizes

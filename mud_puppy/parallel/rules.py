@@ -1,0 +1,133 @@
+"""One table from logical axes of weights to mesh axes, and the shardings that follow from it."""
+
+import logging
+from functools import cache
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from mud_puppy.weights import Lora, is_weight
+
+Tree = Any
+log = logging.getLogger("mud_puppy")
+
+# Every matrix has `embed` on one side, so that one rule splits them all.
+RULES: dict[str, str | None] = {
+    "layers": None,
+    "vocab": None,
+    "embed": "fsdp",
+    "mlp": None,
+    "heads": None,
+    "kv_heads": None,
+    "head_dim": None,
+    "rank": None,
+}
+
+# The batch is split over all axes; sequences are whole on a device.
+BATCH = PartitionSpec(("data", "fsdp"))
+
+
+def weight_sharding(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of one dense weight. A dimension that the mesh does not divide stays whole."""
+    spec = []
+    for axis, size in zip(axes, shape, strict=True):
+        over = RULES[axis]
+        if over is not None and size % mesh.shape[over]:
+            _say_once(f"a '{axis}' axis of {size} is not split over {mesh.shape[over]} devices")
+            over = None
+        spec.append(over)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def shardings(mesh: Mesh, axes: Tree, params: Tree) -> Tree:
+    """Shardings of `params` (arrays or shapes), an adapter's from those of the weight under it.
+
+    `axes` is `model.axes(arch)`'s tree of tuples; groups of layers may have been split since.
+    """
+    return {
+        name: _groups(mesh, axes[name], child) if name == "layers"
+        else _tree(mesh, axes[name], child)
+        for name, child in params.items()
+    }  # fmt: skip
+
+
+def _groups(mesh: Mesh, axes: list[list[Tree]], groups: list[list[Tree]]) -> list[list[Tree]]:
+    # Axis names are the same in every block, whatever its window.
+    block_axes = axes[0][0]
+    return [[_tree(mesh, block_axes, block) for block in group] for group in groups]
+
+
+def _tree(mesh: Mesh, axes: Tree, params: Tree) -> Tree:
+    if isinstance(axes, dict):
+        return {name: _tree(mesh, axes[name], child) for name, child in params.items()}
+    return _leaf(mesh, axes, params)
+
+
+def _leaf(mesh: Mesh, axes: tuple[str, ...], w: Any) -> Any:
+    if not is_weight(w):
+        return None if w is None else weight_sharding(mesh, axes, w.shape)
+    assert isinstance(w, Lora)
+    *stack, out_axis, in_axis = axes
+
+    def part(x: Any, *own: str) -> Any:
+        return None if x is None else weight_sharding(mesh, (*stack, *own), x.shape)
+
+    return Lora(
+        base=None if w.base is None else _leaf(mesh, axes, w.base),
+        a=part(w.a, "rank", in_axis),
+        b=part(w.b, out_axis, "rank"),
+        scale=part(w.scale),
+        magnitude=part(w.magnitude, out_axis),
+        key=part(w.key),
+        dropout=w.dropout,
+    )
+
+
+def split_batch(x: Array) -> Array:
+    """Keeps activations [B, ...] split over the batch on the ambient mesh (`jax.set_mesh`).
+
+    Without this XLA may choose to split the width and gather the batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or x.shape[0] % mesh.size:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def like(leaf_shardings: Tree, shapes: Tree, otherwise: NamedSharding) -> Tree:
+    """Shardings for a tree that repeats another tree inside it (optimizer moments): a leaf at the
+    same inner path gets the same sharding when its rank allows it, others get `otherwise`."""
+    table = {
+        jax.tree_util.keystr(path): sharding
+        for path, sharding in jax.tree.leaves_with_path(leaf_shardings)
+    }
+
+    def find(path: tuple, leaf: Any) -> NamedSharding:
+        inner = (table.get(jax.tree_util.keystr(path[i:])) for i in range(len(path)))
+        found = next((sharding for sharding in inner if sharding is not None), otherwise)
+        return found if len(found.spec) <= len(leaf.shape) else otherwise
+
+    return jax.tree.map_with_path(find, shapes)
+
+
+def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
+    """For an array [A, B, ...] of accumulation steps of a batch: B is split."""
+    return NamedSharding(mesh, PartitionSpec(None, *BATCH, *(None,) * (rank - 2)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """How many devices share a batch; batch sizes are multiples of it."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+@cache
+def _say_once(message: str) -> None:
+    log.warning("sharding: %s; it is copied to each", message)
+
+

@@ -1,0 +1,121 @@
+"""The run's data: rows read, split, tokenized and packed, as the config says."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from mud_puppy.config import Config
+from mud_puppy.data import (
+    Chat,
+    EncodeOptions,
+    Loader,
+    Row,
+    batch_size_for,
+    encode,
+    read_rows,
+    row_length,
+    split,
+)
+from mud_puppy.errors import UserError
+
+log = logging.getLogger("mud_puppy")
+Prompt = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What the loop reads: batches to train on, batches to evaluate on, prompts to answer."""
+
+    train: Loader
+    evaluation: Loader | None
+    prompts: list[Prompt]
+
+
+def load_data(config: Config, tokenizer: Any, batch_devices: int) -> RunData:
+    """Reads and tokenizes everything; a fault in the data is found before the model is loaded."""
+    rows = list(_read(config.dataset, config))
+    held: list[Row] = []
+    if config.eval_dataset is not None:
+        held = list(_read(config.eval_dataset, config))
+    elif config.eval_split is not None:
+        rows, held = split(rows, config.eval_split, config.seed)
+    train = _loader(rows, config, tokenizer, batch_devices, "train")
+    evaluation = None
+    if held:
+        evaluation = _loader(held, config, tokenizer, batch_devices, "eval")
+    return RunData(train, evaluation, _prompts(config, held or rows))
+
+
+def _read(source: str, config: Config) -> tuple[Row, ...]:
+    found = read_rows(source, config.on_bad_rows)
+    for message in found.bad.messages:
+        log.warning("bad row left out: %s", message)
+    if found.bad.count:
+        log.warning("%s: %d bad rows left out", source, found.bad.count)
+    if found.unused_columns:
+        log.info("%s: columns not used: %s", source, ", ".join(found.unused_columns))
+    return found.rows
+
+
+def _loader(
+    rows: list[Row], config: Config, tokenizer: Any, batch_devices: int, what: str
+) -> Loader:
+    options = EncodeOptions(
+        chat_template=config.chat_template,
+        roles_to_train=config.roles_to_train,
+        train_on_prompt=config.train_on_prompt,
+        max_seq_length=config.max_seq_length,
+        on_long=config.on_long,
+        on_bad_rows=config.on_bad_rows,
+        preprocess_workers=config.preprocess_workers,
+    )
+    data = encode(rows, tokenizer, options)
+    for line in data.report.lines():
+        log.warning("%s: %s", what, line)
+    batch_size = config.batch_size
+    if config.tokens_per_batch is not None:
+        length = row_length(data.examples, config.max_seq_length, config.pack_sequences)
+        batch_size = batch_size_for(config.tokens_per_batch, length)
+    if batch_size % batch_devices:
+        raise UserError(
+            f"batch_size {batch_size} rows cannot be split over {batch_devices} devices; "
+            f"make it a multiple of {batch_devices}, or name fewer devices with --mesh"
+        )
+    train = what == "train"
+    loader = Loader(
+        data.examples,
+        batch_size,
+        accumulation=config.gradient_accumulation if train else 1,
+        max_seq_length=config.max_seq_length,
+        pack=config.pack_sequences,
+        seed=config.seed,
+        shuffle=train,
+    )
+    told = loader.describe()
+    log.info(
+        "%s: %d examples, %d tokens (%d trained) in %d rows of %d, %.1f %% filled",
+        what,
+        told["examples"],
+        told["tokens"],
+        told["trained_tokens"],
+        told["rows"],
+        told["row_length"],
+        100 * told["packing_efficiency"],
+    )
+    return loader
+
+
+def _prompts(config: Config, rows: list[Row]) -> list[Prompt]:
+    """The prompts named in the config, or what the first conversations ask."""
+    if not isinstance(config.sample_prompts, int):
+        return list(config.sample_prompts)
+    asked = (_question(row) for row in rows if isinstance(row, Chat))
+    found = [question for question in asked if question]
+    return found[: config.sample_prompts]
+
+
+def _question(row: Chat) -> list[dict[str, Any]]:
+    """The turns before the first answer."""
+    turns = [turn.message for turn in row.turns]
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    return turns[: answers[0]] if answers else []

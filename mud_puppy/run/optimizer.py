@@ -1,0 +1,104 @@
+"""Optimizers from optax, as one transformation over the trained leaves.
+
+Norms and biases are not decayed (as in transformers' Trainer). LoRA+ (arXiv:2402.12354) multiplies
+the whole update of every `b`. Stacked layers are one leaf [n, out, in]; Muon orthogonalises each
+matrix of the stack on its own.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from mud_puppy.run.schedule import Schedule
+
+Tree = Any
+
+
+def make_optimizer(
+    name: str,
+    rate: Schedule,
+    train: Tree,
+    *,
+    weight_decay: float = 0.0,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
+    loraplus_lr_ratio: float = 1.0,
+) -> optax.GradientTransformation:
+    """name: adamw, adafactor, lion, sgd or muon; beta1, beta2 and epsilon are adamw's.
+
+    Clipping is the step's, which reports the norm before it.
+    """
+    rule = _rules(train, beta1, beta2, epsilon)[name]
+    return optax.chain(
+        rule,
+        optax.add_decayed_weights(weight_decay, mask=jax.tree.map_with_path(_decayed, train)),
+        optax.scale_by_learning_rate(rate),
+        _scale_b(loraplus_lr_ratio),
+    )
+
+
+def _rules(train: Tree, beta1: float, beta2: float, epsilon: float) -> dict[str, Any]:
+    return {
+        "adamw": optax.scale_by_adam(beta1, beta2, epsilon),
+        "adafactor": optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.scale_by_param_block_rms(),
+        ),
+        "lion": optax.scale_by_lion(),
+        "sgd": optax.identity(),
+        "muon": _muon(train),
+    }
+
+
+def _muon(train: Tree) -> optax.GradientTransformation:
+    """Muon for the matrices of the layers, Adam for embedding, head, norms and biases."""
+    matrix = contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+    labels = jax.tree.map_with_path(
+        lambda path, x: "muon" if "layers" in _names(path) and x.ndim == 3 else "adam", train
+    )
+    dims = jax.tree.map(lambda label: matrix if label == "muon" else optax.MaskedNode(), labels)
+    return optax.partition(
+        {
+            "muon": optax.chain(
+                contrib.scale_by_muon(weight_dimension_numbers=lambda params: dims),
+                optax.stateless(lambda updates, params: jax.tree.map(_like_adam, updates)),
+            ),
+            "adam": optax.scale_by_adam(),
+        },
+        labels,
+    )
+
+
+def _like_adam(update: jax.Array) -> jax.Array:
+    """An orthogonal update with the size of one of Adam's, so that its rates serve (2502.16982)."""
+    return update * (0.2 * max(update.shape[-2:]) ** 0.5)
+
+
+def _scale_b(ratio: float) -> optax.GradientTransformation:
+    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        scaled = jax.tree.map_with_path(
+            lambda path, u: u * ratio if _names(path)[-1] == "b" else u, updates
+        )
+        return (updates if ratio == 1.0 else scaled), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _decayed(path: tuple, leaf: Any) -> bool:
+    name = _names(path)[-1]
+    return not (name.endswith("norm") or name == "bias")
+
+
+def _names(path: tuple) -> list[str]:
+    """Keys of a tree path as texts, whatever kind of node they belong to."""
+    return [jax.tree_util.keystr((key,), simple=True) for key in path]
+
+
+def global_norm(tree: Tree) -> jax.Array:
+    """The float32 norm of all leaves as one vector."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))

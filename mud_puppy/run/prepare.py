@@ -1,0 +1,140 @@
+"""From a config to the pieces that the loop runs: params, optimizer, jitted step and evaluation.
+
+Everything is placed on the mesh here: weights, moments and batches get their shardings from one
+table (`parallel.rules`), and the step's outputs are pinned to them, so that the second step neither
+traces nor moves anything.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mud_puppy.config import Config
+from mud_puppy.model import Model, axes, load, scan_layers
+from mud_puppy.parallel import batch_sharding, like, replicated, shardings
+from mud_puppy.run.loop import means
+from mud_puppy.run.methods import SFT, Method
+from mud_puppy.run.optimizer import make_optimizer
+from mud_puppy.run.schedule import schedule
+from mud_puppy.run.step import State, init_state, make_eval, make_step
+from mud_puppy.weights import add_lora, combine, load_adapter, partition, with_dropout
+
+Tree = Any
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run ready to go: `step(state, batch)` and `evaluate(state, batches)` are compiled at their
+    first call; `frozen` holds what does not train."""
+
+    model: Model
+    state: State
+    frozen: Tree
+    step: Callable[[State, dict[str, np.ndarray]], tuple[State, Tree]]
+    evaluate: Callable[[State, Any], dict[str, float]]
+
+    def params(self, state: State) -> Tree:
+        """The whole params tree at `state`, dropout off."""
+        return with_dropout(combine(state.train, self.frozen), None)
+
+
+def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
+    """The model in the run's precision, with the adapters that the config asks for.
+
+    Weights that train are float32 (masters); what does not is stored as it is computed with.
+    """
+    dtype = DTYPES[config.precision]
+    stored = "float32" if config.method == "full" else dtype
+    model, params = load(
+        config.model, dtype=stored, mesh=mesh, trust_remote_code=config.trust_remote_code
+    )
+    model = replace(model, dtype=dtype)
+    if config.method == "full":
+        return model, params
+    if config.adapter is not None:
+        params = load_adapter(params, config.adapter, dropout=config.lora_dropout)
+    if config.adapter is None or config.adapter_mode == "stack":
+        params = add_lora(
+            params,
+            config.lora_r,
+            config.lora_alpha,
+            config.lora_targets,
+            key=jax.random.key(config.seed),
+            dropout=config.lora_dropout,
+            rslora=config.lora_rslora,
+            dora=config.lora_dora,
+        )
+    return model, jax.device_put(params, shardings(mesh, axes(model.arch), params))
+
+
+def prepare(
+    config: Config,
+    model: Model,
+    params: Tree,
+    mesh: Mesh,
+    total_steps: int,
+    method: Method = SFT,
+) -> Prepared:
+    """Optimizer state on the mesh and the jitted step; nothing is compiled yet."""
+    train, frozen = partition(params)
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+    rate = schedule(
+        config.lr_scheduler,
+        config.learning_rate,
+        total_steps,
+        warmup,
+        config.lr_restarts,
+        config.lr_power,
+    )
+    tx = make_optimizer(
+        config.optimizer,
+        rate,
+        train,
+        weight_decay=config.weight_decay,
+        beta1=config.adam_beta1,
+        beta2=config.adam_beta2,
+        epsilon=config.adam_epsilon,
+        loraplus_lr_ratio=config.loraplus_lr_ratio,
+    )
+    start = partial(init_state, tx=tx, fp16=config.precision == "fp16")
+    key = jax.random.key(config.seed + 1)
+    places = _state_shardings(mesh, model, params, jax.eval_shape(start, train, key=key))
+    state = jax.jit(start, out_shardings=places)(train, key=key)
+    run_layers = partial(scan_layers, remat=config.gradient_checkpointing)
+    step = jax.jit(
+        make_step(model, method, tx, rate, run_layers, config.max_grad_norm),
+        donate_argnums=0,
+        out_shardings=(places, replicated(mesh)),
+    )
+    evaluate = jax.jit(make_eval(model, method, run_layers), out_shardings=replicated(mesh))
+
+    def one_step(state: State, batch: dict[str, np.ndarray]) -> tuple[State, Tree]:
+        return step(state, frozen, None, put_batch(batch, mesh))
+
+    def whole_set(state: State, batches: Any) -> dict[str, float]:
+        sums = [evaluate(state.train, frozen, None, put_batch(batch, mesh)) for batch in batches]
+        return {f"eval_{name}": value for name, value in means(sums).items()}
+
+    return Prepared(model, state, frozen, one_step, whole_set)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    return jax.device_put(batch, {k: batch_sharding(mesh, x.ndim) for k, x in batch.items()})
+
+
+def _state_shardings(mesh: Mesh, model: Model, params: Tree, state: State) -> State:
+    """Trained leaves by the rules, moments like the leaf they belong to, the rest everywhere."""
+    train, _ = partition(shardings(mesh, axes(model.arch), params))
+    everywhere = replicated(mesh)
+    return replace(
+        jax.tree.map(lambda leaf: everywhere, state),
+        train=train,
+        opt_state=like(train, state.opt_state, everywhere),
+    )

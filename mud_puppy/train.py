@@ -1,0 +1,164 @@
+"""One run from config to exported model: the rooms in order.
+
+    python -m mud_puppy.train --config C
+
+is `mud-puppy --config C`, and `mud_puppy.train(config)` the same from Python.
+"""
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mud_puppy.config import Config, check_output
+from mud_puppy.data import prefetch
+from mud_puppy.export import save_tokenizer, write_model
+from mud_puppy.model import Model, load_tokenizer
+from mud_puppy.parallel import batch_devices, make_mesh
+from mud_puppy.run.checkpoint import Checkpoints
+from mud_puppy.run.datasets import RunData, load_data
+from mud_puppy.run.loop import Course, Plan, fit
+from mud_puppy.run.prepare import Prepared, load_params, prepare
+from mud_puppy.run.record import Recorder
+from mud_puppy.sampling import generate
+
+Tree = Any
+log = logging.getLogger("mud_puppy")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: the folder, the trained model, the last logged numbers.
+
+    reason: "done", "early stopping" or "signal". metrics: the last values by name, such as loss
+    and eval_loss.
+    """
+
+    output: Path
+    model: Model
+    params: Tree
+    steps: int
+    reason: str
+    metrics: dict[str, float]
+
+
+def train(source: Config | Mapping[str, Any] | str | os.PathLike) -> Result:
+    """Runs a config (a Config, a dict, or a YAML path); everything is written to its `output`."""
+    config = Config.load(source)
+    output = check_output(config)
+    mesh = make_mesh(config.mesh)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    data = load_data(config, tokenizer, batch_devices(mesh))
+    if config.overwrite:
+        _clear(output)
+    with jax.set_mesh(mesh):
+        model, params = load_params(config, mesh)
+        run = prepare(config, model, params, mesh, _total_steps(config, data))
+        del params  # the optimizer's step gives its buffers away
+        return _run(config, output, run, data, tokenizer)
+
+
+def _run(config: Config, output: Path, run: Prepared, data: RunData, tokenizer: Any) -> Result:
+    checkpoints = Checkpoints(output, config.keep_checkpoints)
+    state, course = run.state, Course()
+    if config.resume and checkpoints.latest() is not None:
+        _, state, meta = checkpoints.restore(state)
+        course = Course(**meta)
+    first, plan = int(state.step), _plan(config, data)
+    evaluate = _evaluation(run, data)
+    with Recorder(config, output, first, plan.total_steps) as record:
+        if first == 0:
+            record.samples("before", _answers(config, run, state, tokenizer, data))
+            if evaluate is not None:
+                record(0, evaluate(state))
+        steps = range(first, plan.total_steps)
+        batches = zip(
+            steps, prefetch(data.train, first, plan.total_steps, config.num_workers), strict=True
+        )
+        ended = fit(run.step, state, batches, evaluate, plan, checkpoints, record, course)
+        state = ended.state
+        if plan.patience is not None and ended.course.best_step is not None:
+            # Early stopping keeps the best weights, not the last ones.
+            _, state, _ = checkpoints.restore(state, ended.course.best_step)
+        if ended.reason == "signal":
+            log.warning("stopped at step %d; go on with --resume", int(state.step))
+            return _result(output, run, state, ended.reason, record)
+        record.samples("after", _answers(config, run, state, tokenizer, data))
+        _write(config, output, run.model, run.params(state), tokenizer)
+        return _result(output, run, state, ended.reason, record)
+
+
+def _result(output: Path, run: Prepared, state: Any, reason: str, record: Recorder) -> Result:
+    return Result(output, run.model, run.params(state), int(state.step), reason, record.latest)
+
+
+def _total_steps(config: Config, data: RunData) -> int:
+    limits = [] if config.max_steps is None else [config.max_steps]
+    if config.epochs is not None:
+        limits.append(max(1, round(config.epochs * data.train.steps_per_epoch)))
+    return min(limits)
+
+
+def _plan(config: Config, data: RunData) -> Plan:
+    return Plan(
+        total_steps=_total_steps(config, data),
+        logging_steps=config.logging_steps,
+        eval_steps=config.eval_steps or data.train.steps_per_epoch,
+        save_steps=config.save_steps,
+        patience=config.early_stopping,
+    )
+
+
+def _evaluation(run: Prepared, data: RunData) -> Any:
+    held = data.evaluation
+    if held is None:
+        return None
+    return lambda state: run.evaluate(state, map(held.batch_at, range(held.steps_per_epoch)))
+
+
+def _answers(
+    config: Config, run: Prepared, state: Any, tokenizer: Any, data: RunData
+) -> list[tuple[Any, str]]:
+    if not data.prompts:
+        return []
+    texts = generate(
+        run.model, run.params(state), tokenizer, data.prompts, config.sample_max_new_tokens
+    )
+    return list(zip(data.prompts, texts, strict=True))
+
+
+# What a run writes. --overwrite removes this and nothing else that lies in the folder.
+_WRITTEN = (
+    "checkpoint-*",
+    "merged",
+    "tensorboard",
+    "wandb",
+    "adapter_*",
+    "model*.safetensors*",
+    "config.*",
+    "generation_config.json",
+    "metrics.jsonl",
+    "run.json",
+    "report.html",
+)
+
+
+def _clear(output: Path) -> None:
+    """--overwrite: nothing of an earlier run is left to be mistaken for this one's."""
+    for path in {path for pattern in _WRITTEN for path in output.glob(pattern)}:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+if __name__ == "__main__":
+    from mud_puppy.cli import train_main
+
+    sys.exit(train_main())

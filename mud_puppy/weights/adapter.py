@@ -1,0 +1,123 @@
+"""Adapters between a params tree and a PEFT folder, both ways."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mud_puppy.errors import UserError
+from mud_puppy.weights.leaf import Lora, base_of, is_weight
+from mud_puppy.weights.peft import Part, read_adapter, write_adapter
+from mud_puppy.weights.tree import Tree, map_modules, module_names
+
+
+def load_adapter(params: Tree, folder: str | Path) -> Tree:
+    """Puts a PEFT adapter on its modules, above the adapters that they have.
+
+    Layers of one stacked weight may differ in rank (the smaller are padded with zeros, which stay
+    zero in training) and in scale. Every tensor of the folder is used, or it is a UserError.
+    """
+    folder = Path(folder).expanduser()
+    shapes: dict[str, tuple[int, int]] = {}
+    map_modules(lambda names, w: shapes.update(_shapes(names, w)), lambda name: None, params)
+    parts, dropout = read_adapter(folder, shapes)
+
+    def adapt(names: list[str], w: Any) -> Any:
+        if names[0] not in parts:
+            return w
+        _check_base(folder, names[0], parts[names[0]], w)
+        return _lora(w, [parts[name] for name in names], dropout)
+
+    return map_modules(adapt, parts.__contains__, params)
+
+
+def save_adapter(model: Any, params: Tree, out: str | Path) -> None:
+    """Writes the adapters of `params` as one PEFT folder; `model` names the base in its config.
+
+    Adapters stacked on one weight become one with their ranks in a row. UserError when there are
+    none, or when one of a stack is DoRA (its norm is of the sum, which one adapter cannot say).
+    """
+    parts: dict[str, Part] = {}
+    map_modules(lambda names, w: parts.update(_parts(names, w)), lambda name: None, params)
+    if not parts:
+        raise UserError("there is no adapter to save: no weight of these params has one")
+    dropouts = {w.dropout for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)}
+    write_adapter(
+        Path(out).expanduser(), parts, module_names(params), max(dropouts), model.source or ""
+    )
+
+
+def _shapes(names: list[str], w: Any) -> Iterator[tuple[str, tuple[int, int]]]:
+    for name in names:
+        yield name, base_of(w).shape[-2:]
+
+
+def _check_base(folder: Path, name: str, part: Part, w: Any) -> None:
+    if part.base is None:
+        return
+    given, ours = part.base, np.asarray(base_of(w))
+    # Either may have been rounded to 16 bits on its way.
+    narrow = min(given.dtype, ours.dtype, key=lambda dtype: dtype.itemsize)
+    if not np.array_equal(given.astype(narrow), ours.astype(narrow)):
+        raise UserError(
+            f"{folder}: holds weights of '{name}' itself that differ from this model's; adapters "
+            "with a trained or resized embedding do not load"
+        )
+
+
+def _lora(w: Any, parts: list[Part], dropout: float) -> Lora:
+    """One leaf from the parts of its layers, or from the one part of an unstacked weight."""
+    stacked = base_of(w).ndim == 3
+    rank = max(len(part.a) for part in parts)
+
+    def leaf(values: list[Any]) -> Any:
+        return jnp.asarray(np.stack(values) if stacked else values[0], jnp.float32)
+
+    return Lora(
+        base=w,
+        a=leaf([np.pad(part.a, ((0, rank - len(part.a)), (0, 0))) for part in parts]),
+        b=leaf([np.pad(part.b, ((0, 0), (0, rank - len(part.a)))) for part in parts]),
+        scale=leaf([np.float32(part.scale) for part in parts]),
+        magnitude=None if parts[0].magnitude is None else leaf([p.magnitude for p in parts]),
+        dropout=dropout,
+    )
+
+
+def _parts(names: list[str], w: Any) -> Iterator[tuple[str, Part]]:
+    if not isinstance(w, Lora):
+        return
+    chain = _chain(w)
+    if len(chain) > 1 and any(lora.magnitude is not None for lora in chain):
+        raise UserError(
+            f"'{names[0]}' has a DoRA in a stack of adapters, which no single adapter equals: "
+            "merge the lower one into the base first"
+        )
+    for layer, name in enumerate(names):
+        at = layer if base_of(w).ndim == 3 else ...
+        yield name, _joined([_at(lora, at) for lora in chain])
+
+
+def _chain(w: Any) -> list[Lora]:
+    """The adapters on a weight, innermost first."""
+    return [*_chain(w.base), w] if isinstance(w, Lora) else []
+
+
+def _at(w: Lora, at: Any) -> Part:
+    magnitude = None if w.magnitude is None else np.asarray(w.magnitude[at])
+    part = Part(np.asarray(w.a[at]), np.asarray(w.b[at]), float(w.scale[at]), magnitude)
+    # Ranks that are zero on both sides are the padding of `_lora`.
+    used = np.flatnonzero(part.a.any(axis=1) | part.b.any(axis=0))
+    rank = int(used[-1]) + 1 if len(used) else part.a.shape[0]
+    return Part(part.a[:rank], part.b[:, :rank], part.scale, magnitude)
+
+
+def _joined(parts: list[Part]) -> Part:
+    """sum of scale * b @ a, as one: ranks in a row, scales folded into b."""
+    if len(parts) == 1:
+        return parts[0]
+    a = np.concatenate([part.a for part in parts])
+    b = np.concatenate([np.float32(part.scale) * part.b for part in parts], axis=1)
+    return Part(a, b, 1.0)

@@ -1,0 +1,142 @@
+"""Walking a params tree: module names, groups of layers, and the train/frozen partition.
+
+A params tree is a nested dict of weights (see `docs/architecture.md`). `params["layers"]` is a list
+of groups, a group a list of p blocks whose leaves are stacked over n repeats; layer number
+`start + r * p + j` is repeat r of block j. Modules carry the names that Hugging Face and PEFT use.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from mud_puppy.weights.leaf import Lora, is_weight
+
+Tree = Any
+
+_TOP = {"embed": "model.embed_tokens", "head": "lm_head"}
+
+
+def repeats(group: list[Tree]) -> int:
+    """n, the leading axis of every leaf of a group."""
+    return jax.tree.leaves(group)[0].shape[0]
+
+
+def spans(params: Tree) -> Iterator[tuple[list[Tree], int]]:
+    """(group, number of its first layer) in order."""
+    start = 0
+    for group in params["layers"]:
+        yield group, start
+        start += len(group) * repeats(group)
+
+
+def linear_paths(block: Tree) -> list[tuple[str, ...]]:
+    """Paths of the linear modules of one block: ("self_attn", "q_proj"), ..."""
+    return [
+        (part, name)
+        for part, modules in block.items()
+        if isinstance(modules, dict)
+        for name, module in modules.items()
+        if isinstance(module, dict) and "weight" in module
+    ]
+
+
+def layer_module(path: tuple[str, ...], layer: int) -> str:
+    """HF's name of a module of one layer."""
+    return ".".join(("model.layers", str(layer), *path))
+
+
+def module_names(params: Tree) -> list[str]:
+    """HF's names of every module that an adapter can sit on."""
+    names = [_TOP[name] for name in _TOP if name in params]
+    for group, start in spans(params):
+        for r in range(repeats(group)):
+            for j, block in enumerate(group):
+                layer = start + r * len(group) + j
+                names += [layer_module(path, layer) for path in linear_paths(block)]
+    return names
+
+
+def map_modules(
+    fn: Callable[[list[str], Any], Any], key: Callable[[str], Any], params: Tree
+) -> Tree:
+    """Replaces each linear weight w by fn(names of its stacked modules, w).
+
+    Groups are split first where `key(name)` differs between the repeats of one module, so that all
+    modules of one weight have the same key. `embed` and `head` are visited too, as stacks of one
+    name without a layer axis.
+    """
+    out = dict(params)
+    for name in _TOP:
+        if name in params:
+            out[name] = fn([_TOP[name]], params[name])
+    out["layers"] = [
+        [_map_block(fn, block, start, j, len(part)) for j, block in enumerate(part)]
+        for group, first in spans(params)
+        for part, start in _split(key, group, first)
+    ]
+    return out
+
+
+def _map_block(fn: Callable, block: Tree, start: int, j: int, p: int) -> Tree:
+    block = dict(block)
+    n = repeats([block])
+    for part, name in linear_paths(block):
+        names = [layer_module((part, name), start + r * p + j) for r in range(n)]
+        module = block[part][name]
+        module = {**module, "weight": fn(names, module["weight"])}
+        block[part] = {**block[part], name: module}
+    return block
+
+
+def _split(key: Callable, group: list[Tree], start: int) -> list[tuple[list[Tree], int]]:
+    p, n = len(group), repeats(group)
+
+    def signature(r: int) -> list[Any]:
+        return [
+            key(layer_module(path, start + r * p + j))
+            for j, block in enumerate(group)
+            for path in linear_paths(block)
+        ]
+
+    cuts = [r for r in range(n) if r == 0 or signature(r) != signature(r - 1)] + [n]
+    if len(cuts) == 2:
+        return [(group, start)]
+    return [
+        (jax.tree.map(lambda x, a=a, b=b: x[a:b], group), start + a * p)
+        for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
+
+
+def partition(params: Tree) -> tuple[Tree, Tree]:
+    """(train, frozen), each the tree of `params` with None where the other has the leaf.
+
+    With adapters in the tree, the outermost adapters train (a, b, magnitude) and all else is
+    frozen; without any, everything trains.
+    """
+    leaves = jax.tree.leaves(params, is_leaf=is_weight)
+    if not any(isinstance(leaf, Lora) for leaf in leaves):
+        return params, jax.tree.map(lambda x: None, params)
+    train = jax.tree.map(_train_part, params, is_leaf=is_weight)
+    frozen = jax.tree.map(_frozen_part, params, is_leaf=is_weight)
+    return train, frozen
+
+
+def combine(train: Tree, frozen: Tree) -> Tree:
+    """The inverse of `partition`."""
+    return jax.tree.map(
+        lambda t, f: f if t is None else t, train, frozen, is_leaf=lambda x: x is None
+    )
+
+
+def _train_part(w: Any) -> Any:
+    if not isinstance(w, Lora):
+        return None
+    base = jax.tree.map(lambda x: None, w.base)
+    return Lora(base, w.a, w.b, None, w.magnitude, None, w.dropout)
+
+
+def _frozen_part(w: Any) -> Any:
+    if not isinstance(w, Lora):
+        return w
+    return Lora(w.base, None, None, w.scale, None, w.key, w.dropout)

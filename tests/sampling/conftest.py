@@ -1,0 +1,102 @@
+"""Tiny random models in the Hugging Face format, and a byte tokenizer with a chat template."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import pytest
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers
+
+from mud_puppy.model.load import load
+from mud_puppy.model.module import Model
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    # Wide logits, so that no argmax hangs on the last bit.
+    "initializer_range": 0.3,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "qwen2": transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
+    "mistral": transformers.MistralConfig(**SIZES, sliding_window=12),
+    "dynamic": transformers.LlamaConfig(
+        **{**SIZES, "max_position_embeddings": 48},
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same weights in torch and here."""
+
+    torch: Any
+    model: Model
+    params: Any
+    folder: str
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    made: dict[str, Pair] = {}
+
+    def get(family: str) -> Pair:
+        if family not in made:
+            torch.manual_seed(0)
+            reference = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+            folder = str(tmp_path_factory.mktemp(family))
+            reference.save_pretrained(folder)
+            made[family] = Pair(reference, *load(folder, dtype="float32"), folder)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Eight prompts of token ids, 1 to 40 long."""
+    lengths = (1, 7, 16, 17, 40, 3, 25, 12)
+    keys = jax.random.split(jax.random.key(1), len(lengths))
+    draw = [jax.random.randint(key, (n,), 3, 300) for key, n in zip(keys, lengths, strict=True)]
+    return [ids.tolist() for ids in draw]
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer(template: str | None = CHATML) -> Any:
+    """One token a byte (ids 0 to 255), then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|endoftext|>", chat_template=template
+    )
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer() -> Any:
+    return byte_tokenizer(template=None)

@@ -1,0 +1,126 @@
+"""Streaming and the conversation loop."""
+
+import pytest
+
+from mud_puppy.errors import UserError
+from mud_puppy.sampling import Options, chat, generate, generate_tokens, stream_text, stream_tokens
+
+TEXT = "né — 日本語 😀 fin"
+
+
+def test_pieces_never_break_a_character(tokenizer):
+    tokens = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    assert len(tokens) == len(TEXT.encode())
+    pieces = list(stream_text(tokenizer, [[t] for t in tokens]))
+    assert "".join(pieces) == TEXT and len(pieces) == len(TEXT)
+    naive = [tokenizer.decode([t]) for t in tokens]
+    assert any("\ufffd" in piece for piece in naive)  # mutation partner
+
+
+def test_an_unfinished_character_is_shown_in_the_end(tokenizer):
+    tokens = tokenizer("a😀", add_special_tokens=False)["input_ids"][:-1]
+    pieces = list(stream_text(tokenizer, [[t] for t in tokens]))
+    assert pieces == ["a", tokenizer.decode(tokens)[1:]]
+
+
+def test_the_eos_is_not_shown(tokenizer):
+    assert "".join(stream_text(tokenizer, [[104, 105], [258]], eos=(258,))) == tokenizer.decode(
+        [104, 105]
+    )
+
+
+@pytest.mark.parametrize("options", [Options(30), Options(30, temperature=1.0, seed=3)])
+def test_a_stream_is_the_reply_of_one_call(pair, prompts, options):
+    tiny = pair("mistral")
+    for prompt in prompts[:2]:
+        (free,) = generate_tokens(tiny.model, tiny.params, [prompt], options)
+        for eos in ((), (free.tokens[11],)):
+            (whole,) = generate_tokens(tiny.model, tiny.params, [prompt], options, eos)
+            chunks = list(stream_tokens(tiny.model, tiny.params, prompt, options, eos))
+            assert sum(chunks, []) == whole.tokens
+            assert len(chunks) > 1
+
+
+class Terminal:
+    """Scripted input; what was written, as one text."""
+
+    def __init__(self, *lines):
+        self.lines = list(lines)
+        self.text = ""
+
+    def read(self, prompt):
+        assert prompt == "> "
+        if not self.lines:
+            raise EOFError
+        return self.lines.pop(0)
+
+    def write(self, text, end="\n", flush=False):
+        self.text += text + end
+
+
+def talk(pair, tokenizer, terminal, options=Options(12), **more):
+    tiny = pair("llama")
+    return chat(
+        tiny.model, tiny.params, tokenizer, options, read=terminal.read, write=terminal.write,
+        **more,
+    )  # fmt: skip
+
+
+def test_a_conversation_keeps_its_history(pair, tokenizer):
+    tiny = pair("llama")
+    terminal = Terminal("hello", "", "and?", "/exit", "never read")
+    messages = talk(pair, tokenizer, terminal, system="be brief")
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert messages[0]["content"] == "be brief" and terminal.lines == ["never read"]
+    for n in (2, 4):
+        (want,) = generate(tiny.model, tiny.params, tokenizer, [messages[:n]], max_new_tokens=12)
+        assert messages[n]["content"] == want
+    assert terminal.text == messages[2]["content"] + "\n" + messages[4]["content"] + "\n"
+
+
+def test_reset_keeps_only_the_system_message(pair, tokenizer):
+    once = talk(pair, tokenizer, Terminal("hello"), system="be brief")
+    again = talk(pair, tokenizer, Terminal("first", "/reset", "hello"), system="be brief")
+    assert again == once and len(once) == 3
+    assert talk(pair, tokenizer, Terminal("first", "/reset")) == []
+
+
+def test_the_same_question_twice_draws_other_numbers(pair, tokenizer):
+    options = Options(12, temperature=1.5, seed=1)
+    terminal = Terminal("hello")
+    first = talk(pair, tokenizer, terminal, options)
+    assert talk(pair, tokenizer, Terminal("hello"), options) == first
+    other = talk(pair, tokenizer, Terminal("hello"), Options(12, temperature=1.5, seed=2))
+    assert other != first
+
+
+def test_what_does_not_fit_is_refused_and_the_conversation_goes_on(pair, tokenizer):
+    terminal = Terminal("x" * 400, "hello")
+    messages = talk(pair, tokenizer, terminal)
+    assert terminal.text.startswith("prompt 0 has") and "/reset" in terminal.text
+    assert [m["content"] for m in messages if m["role"] == "user"] == ["hello"]
+
+
+def test_a_reply_is_cut_to_the_room_that_is_left(pair, tokenizer):
+    terminal = Terminal("x" * 210)
+    messages = talk(pair, tokenizer, terminal, Options(512))
+    assert len(messages) == 2 and terminal.text.endswith("\n")
+
+
+def test_ctrl_c_cuts_a_reply_short(pair, tokenizer):
+    terminal = Terminal("hello")
+    shown = []
+
+    def write(text, end="\n", flush=False):
+        shown.append(text + end)
+        if len(shown) == 1:
+            raise KeyboardInterrupt
+
+    terminal.write = write
+    messages = talk(pair, tokenizer, terminal, Options(40))
+    assert messages[1]["content"] == shown[0] and shown[1:] == ["\n"]
+
+
+def test_chat_needs_a_template(pair, plain_tokenizer):
+    with pytest.raises(UserError, match="no chat template"):
+        talk(pair, plain_tokenizer, Terminal("hello"))

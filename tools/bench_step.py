@@ -1,0 +1,128 @@
+"""Tokens/s and peak memory of the training step with random weights of real shapes.
+
+    python tools/bench_step.py --shape llama-3.2-1b --batch-size 8 --method lora
+
+Runs on whatever device JAX finds; prints one line a configuration with device and versions.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+from transformers import LlamaConfig
+
+from mud_puppy.config import Config
+from mud_puppy.model import axes, build, init
+from mud_puppy.model.families import read_config
+from mud_puppy.parallel import make_mesh, shardings
+from mud_puppy.run.prepare import DTYPES, prepare
+from mud_puppy.weights import add_lora
+
+SHAPES = {
+    "llama-3.2-1b": dict(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
+    "llama-3.1-8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    ),
+    "smollm2-135m": dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+def batch_of(rng: np.random.Generator, rows: int, length: int, vocab: int, segment: int) -> dict:
+    """Random tokens; `segment` tokens an example (0: one example a row)."""
+    shape = (1, rows, length)
+    slot = np.broadcast_to(np.arange(length), shape)
+    each = segment or length
+    return {
+        "tokens": rng.integers(0, vocab, shape).astype(np.int32),
+        "targets": rng.integers(0, vocab, shape).astype(np.int32),
+        "positions": (slot % each).astype(np.int32),
+        "segment_ids": (slot // each + 1).astype(np.int32),
+        "weights": np.ones(shape, np.float32),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--precision", choices=DTYPES, default="bf16")
+    parser.add_argument("--remat", default="full")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--segment", type=int, default=0, help="tokens of a packed example")
+    parser.add_argument("--steps", type=int, default=10)
+    args = parser.parse_args()
+    config = Config.load(
+        dict(
+            model="random",
+            dataset="random",
+            output="random",
+            method=args.method,
+            precision=args.precision,
+            gradient_checkpointing=args.remat,
+        )
+    )
+    arch = read_config(LlamaConfig(rms_norm_eps=1e-5, rope_theta=5e5, **SHAPES[args.shape]))
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        model = replace(build(arch)[0], dtype=DTYPES[args.precision])
+        stored = "float32" if args.method == "full" else DTYPES[args.precision]
+        params = init(arch, jax.random.key(0), stored)
+        if args.method == "lora":
+            params = add_lora(params, key=jax.random.key(1))
+        params = jax.device_put(params, shardings(mesh, axes(arch), params))
+        run = prepare(config, model, params, mesh, 1000)
+        del params
+        rng = np.random.default_rng(0)
+        batch = batch_of(rng, args.batch_size, args.length, arch.vocab_size, args.segment)
+        state, start = run.state, time.perf_counter()
+        state, metrics = jax.block_until_ready(run.step(state, batch))
+        compile_s, times = time.perf_counter() - start, []
+        for _ in range(args.steps):
+            start = time.perf_counter()
+            state, metrics = jax.block_until_ready(run.step(state, batch))
+            times.append(time.perf_counter() - start)
+    step_s = statistics.median(times)
+    stats = jax.devices()[0].memory_stats() or {}
+    print(
+        f"{args.shape} {args.method} {args.precision} batch {args.batch_size} x {args.length} "
+        f"segment {args.segment} remat {args.remat}: "
+        f"{args.batch_size * args.length / step_s:,.0f} tokens/s, step {step_s * 1e3:.1f} ms "
+        f"(min {min(times) * 1e3:.1f}, max {max(times) * 1e3:.1f}), "
+        f"peak {stats.get('peak_bytes_in_use', 0) / 2**30:.2f} GiB, first step {compile_s:.1f} s, "
+        f"loss {float(metrics['loss'][0] / metrics['loss'][1]):.3f}; "
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

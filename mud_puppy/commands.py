@@ -4,10 +4,12 @@ A verb is a dataclass of keys (its flags) and a function that calls the room whi
 jax and the rooms are imported inside the functions, so that help and errors come at once.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from mud_puppy.config.keys import DTYPES, Precision
@@ -21,6 +23,7 @@ from mud_puppy.config.schema import (
     Parser,
     key,
 )
+from mud_puppy.errors import UserError
 
 _flag = partial(key, "flags")
 _TOP_P = Limit("above 0 and at most 1", lambda v: 0 < v <= 1)
@@ -92,12 +95,23 @@ class Export:
 
 def run_export(args: Export) -> None:
     """Writes the checkpoint's model or adapter."""
+    run, step = _run_and_step(args)
     refuse_filled(args.output)
     writable(args.output)
     from mud_puppy.export import export_run
 
-    export_run(args.run, args.output, step=args.step, merge=args.merge_lora)
+    export_run(run, args.output, step=step, merge=args.merge_lora)
     print(f"exported: {args.output}")
+
+
+def _run_and_step(args: Export) -> tuple[str, int | None]:
+    folder = Path(args.run)
+    named = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    if named is None:
+        return args.run, args.step
+    if args.step is not None:
+        raise UserError(f"--step: {args.run} names the step already; remove one of the two.")
+    return str(folder.parent), int(named[1])
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def save_merged(
     tokenizer: Any = None,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> None:
-    """`save_hf` with every adapter added into its base: in float32, rounded once, layer by layer."""
+    """`save_hf` with every adapter added into its base, in float32, rounded once."""
     check_dtype(dtype)
     out = Path(out).expanduser()
     source = None if model.source is None else find_model(model.source, weights=False)
@@ -102,7 +102,7 @@ def _tensor(leaf: Any, layer: Any, dtype: np.dtype) -> jax.Array:
     # The layer's number is an argument, not a constant: one compilation serves all layers.
     if layer is not None:
         leaf = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), leaf)
-    return dense(leaf).astype(dtype)
+    return (dense(leaf) if isinstance(leaf, Lora) else leaf).astype(dtype)
 
 
 def _widest(specs: dict[str, Spec]) -> str:

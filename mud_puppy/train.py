@@ -16,17 +16,18 @@ from typing import Any
 
 import jax
 
-from mud_puppy.config import Config, check_output
+from mud_puppy.config import DTYPES, Config, check_output
 from mud_puppy.data import prefetch
-from mud_puppy.export import save_tokenizer, write_model
+from mud_puppy.export import save_hf, save_merged
 from mud_puppy.model import Model, load_tokenizer
 from mud_puppy.parallel import batch_devices, make_mesh
 from mud_puppy.run.checkpoint import Checkpoints
 from mud_puppy.run.datasets import RunData, load_data
 from mud_puppy.run.loop import Course, Plan, fit
 from mud_puppy.run.prepare import Prepared, load_params, prepare
-from mud_puppy.run.record import Recorder
+from mud_puppy.run.recorder import Recorder
 from mud_puppy.sampling import generate
+from mud_puppy.weights import save_adapter
 
 Tree = Any
 log = logging.getLogger("mud_puppy")
@@ -94,6 +95,17 @@ def _run(config: Config, output: Path, run: Prepared, data: RunData, tokenizer: 
         return _result(output, run, state, ended.reason, record)
 
 
+def _write(config: Config, output: Path, model: Model, params: Tree, tokenizer: Any) -> None:
+    """The result: a model or an adapter, with the tokenizer; the merged model when asked for."""
+    if config.method == "full":
+        save_hf(model, params, output, DTYPES[config.precision], tokenizer)
+        return
+    save_adapter(model, params, output)
+    tokenizer.save_pretrained(output)
+    if config.merge_lora:
+        save_merged(model, params, output / "merged", DTYPES[config.merge_precision], tokenizer)
+
+
 def _result(output: Path, run: Prepared, state: Any, reason: str, record: Recorder) -> Result:
     return Result(output, run.model, run.params(state), int(state.step), reason, record.latest)
 
@@ -145,6 +157,8 @@ _WRITTEN = (
     "generation_config.json",
     "metrics.jsonl",
     "run.json",
+    "samples.json",
+    "wandb_id",
     "report.html",
 )
 

@@ -268,11 +268,15 @@ def test_merge_and_export_call_their_room(monkeypatch, capsys, tmp_path):
     merged, exported = str(tmp_path / "merged"), str(tmp_path / "exported")
     assert cli.main(["merge", "m", "a", "--output", merged, "--merge-precision", "fp32"]) == 0
     assert cli.main(["export", "run", "--output", exported, "--step", "7", "--merge-lora"]) == 0
+    named = ["export", "run/checkpoint-9/", "--output", exported]
+    assert cli.main(named) == 0
     assert calls == [
         ("m", "a", merged, "float32"),
         ("run", exported, {"step": 7, "merge": True}),
+        ("run", exported, {"step": 9, "merge": False}),
     ]
     assert merged in capsys.readouterr().out
+    assert "names the step already" in refused(capsys, *named, "--step", "9")
 
 
 @pytest.fixture

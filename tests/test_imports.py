@@ -30,7 +30,9 @@ def imports(path: Path) -> list[str]:
 def allowed(importer: str) -> set[str]:
     if importer in ALONE:
         return ALONE[importer] | {importer}
-    return {*ORDER[: ORDER.index(importer) + 1], "data", "config", ""}
+    # `python -m mud_puppy.train` is the command line's training form under another name.
+    entry = {"cli"} if importer == "train" else set()
+    return {*ORDER[: ORDER.index(importer) + 1], "data", "config", ""} | entry
 
 
 def offences(path: Path, importer: str) -> list[str]:

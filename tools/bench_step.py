@@ -14,11 +14,11 @@ import jax
 import numpy as np
 from transformers import LlamaConfig
 
-from mud_puppy.config import Config
+from mud_puppy.config import DTYPES, Config
 from mud_puppy.model import axes, build, init
 from mud_puppy.model.families import read_config
 from mud_puppy.parallel import make_mesh, shardings
-from mud_puppy.run.prepare import DTYPES, prepare
+from mud_puppy.run.prepare import prepare
 from mud_puppy.weights import add_lora
 
 SHAPES = {
@@ -103,6 +103,7 @@ def main() -> None:
         del params
         rng = np.random.default_rng(0)
         batch = batch_of(rng, args.batch_size, args.length, arch.vocab_size, args.segment)
+        plan = run.lower(batch).compile().memory_analysis()
         state, start = run.state, time.perf_counter()
         state, metrics = jax.block_until_ready(run.step(state, batch))
         compile_s, times = time.perf_counter() - start, []
@@ -112,11 +113,18 @@ def main() -> None:
             times.append(time.perf_counter() - start)
     step_s = statistics.median(times)
     stats = jax.devices()[0].memory_stats() or {}
+    planned = (
+        plan.argument_size_in_bytes
+        + plan.output_size_in_bytes
+        - plan.alias_size_in_bytes
+        + plan.temp_size_in_bytes
+    )
     print(
         f"{args.shape} {args.method} {args.precision} batch {args.batch_size} x {args.length} "
         f"segment {args.segment} remat {args.remat}: "
         f"{args.batch_size * args.length / step_s:,.0f} tokens/s, step {step_s * 1e3:.1f} ms "
         f"(min {min(times) * 1e3:.1f}, max {max(times) * 1e3:.1f}), "
+        f"plan {planned / 2**30:.2f} GiB (temporary {plan.temp_size_in_bytes / 2**30:.2f}), "
         f"peak {stats.get('peak_bytes_in_use', 0) / 2**30:.2f} GiB, first step {compile_s:.1f} s, "
         f"loss {float(metrics['loss'][0] / metrics['loss'][1]):.3f}; "
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}",

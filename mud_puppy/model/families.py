@@ -161,10 +161,21 @@ FAMILIES = {
     ),
 }
 
-_READ = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "max_position_embeddings", "initializer_range"]
-
+_READ = (
+    "model_type vocab_size hidden_size intermediate_size num_hidden_layers "
+    "num_attention_heads num_key_value_heads hidden_act rms_norm_eps rope_parameters "
+    "tie_word_embeddings max_position_embeddings initializer_range"
+).split()
 # Fields that do not change the forward pass, or belong to tokenizers, exports and other programs.
-_HARMLESS = ["architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "name_or_path", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "pretraining_tp", "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict", "torchscript", "chunk_size_feed_forward", "is_encoder_decoder", "tokenizer_class", "task_specific_params", "finetuning_task", "prefix", "unsloth_fixed", "unsloth_version", "is_llama_config", "transformers.js_config", "auto_map", "_attn_implementation_autoset", "model_max_length"]
+_HARMLESS = (
+    "architectures dtype torch_dtype transformers_version _name_or_path name_or_path "
+    "use_cache bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id "
+    "cls_token_id pretraining_tp id2label label2id problem_type output_attentions "
+    "output_hidden_states return_dict torchscript chunk_size_feed_forward "
+    "is_encoder_decoder tokenizer_class task_specific_params finetuning_task prefix "
+    "unsloth_fixed unsloth_version is_llama_config transformers.js_config auto_map "
+    "_attn_implementation_autoset model_max_length"
+).split()
 
 
 def _refuse_unread(config: Any, reads: tuple[str, ...]) -> None:

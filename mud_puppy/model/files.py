@@ -9,29 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from mud_puppy.errors import UserError
-from mud_puppy.model.safetensors import Stored, open_safetensors
+from mud_puppy.model.tensors import Stored, open_safetensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # What a download takes: never *.bin, and nothing below the top folder (original/, onnx/).
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-_FILE_SUFFIXES = [
-    ".gguf",
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".json",
-    ".jsonl",
-    ".yaml",
-    ".yml",
-    ".txt",
-    ".zip",
-    ".tar",
-    ".gz",
-]
+_FILE_SUFFIXES = (
+    ".gguf .safetensors .bin .pt .pth .ckpt .json .jsonl .yaml .yml .txt .zip .tar .gz"
+).split()
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -112,8 +99,8 @@ def open_tensors(folder: Path) -> dict[str, Stored]:
     if pickles := sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern)):
         raise UserError(
             f"{folder}: holds only pickled weights ({pickles[0]}), and pickles are never opened "
-            "because they run code; convert once where you trust the file: transformers' "
-            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW, safe_serialization=True)"
+            "because they run code; if you trust the file, convert it with transformers: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
     raise UserError(f"{folder}: no {SINGLE} and no {INDEX} here")
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from mud_puppy.errors import UserError
 from mud_puppy.model.hf_config import to_config
-from mud_puppy.model.safetensors import Stored
+from mud_puppy.model.tensors import Stored
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -144,7 +144,7 @@ def _fields(given: dict[str, Any], family: str, tensors: dict[str, Any]) -> dict
         "num_hidden_layers": given.pop("block_count"),
         "intermediate_size": given.pop("feed_forward_length"),
         "num_key_value_heads": given.pop("attention.head_count_kv", heads),
-        "rms_norm_eps": given.pop("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": _short(given.pop("attention.layer_norm_rms_epsilon")),
         "max_position_embeddings": given.pop("context_length"),
         "tie_word_embeddings": "output.weight" not in tensors,
         "rope_parameters": _rope(given),
@@ -171,11 +171,16 @@ def _fields(given: dict[str, Any], family: str, tensors: dict[str, Any]) -> dict
 
 
 def _rope(given: dict[str, Any]) -> dict[str, Any]:
-    spec = {"rope_type": "default", "rope_theta": given.pop("rope.freq_base", 10000.0)}
+    spec = {"rope_type": "default", "rope_theta": _short(given.pop("rope.freq_base", 10000.0))}
     kind = given.pop("rope.scaling.type", "none")
     if kind != "none":
-        spec |= {"rope_type": kind, "factor": given.pop("rope.scaling.factor")}
+        spec |= {"rope_type": kind, "factor": _short(given.pop("rope.scaling.factor"))}
         given.pop("rope.scaling.finetuned", None)
     if kind == "yarn":
         spec["original_max_position_embeddings"] = given.pop("rope.scaling.original_context_length")
     return spec
+
+
+def _short(value: float) -> float:
+    """1e-5 for the float32 9.99999974e-06: the number that was written."""
+    return float(str(np.float32(value)))

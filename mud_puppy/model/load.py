@@ -22,7 +22,7 @@ from mud_puppy.model.hf_config import read_config_file, to_config
 from mud_puppy.model.module import Model, axes, build
 from mud_puppy.model.names import flatten, hf_names, unflatten
 from mud_puppy.model.read import blocks, read_leaf
-from mud_puppy.model.safetensors import DTYPES, Stored
+from mud_puppy.model.tensors import DTYPES, Stored
 from mud_puppy.parallel import shardings
 
 Tree = Any

@@ -148,17 +148,16 @@ def axes(arch: Arch) -> Tree:
 
 
 def path_in_table(path: str) -> str:
-    """"layers/0/0/mlp_norm" -> "layers/mlp_norm": the row of a leaf."""
+    """ "layers/0/0/mlp_norm" -> "layers/mlp_norm": the row of a leaf."""
     parts = path.split("/")
     return "/".join(["layers", *parts[3:]]) if parts[0] == "layers" else path
 
 
 def init(arch: Arch, key: PRNGKeyArray, dtype: Any = jnp.float32) -> Tree:
-    """Random params: matrices normal with the config's std, norms one, biases zero."""
-    return jax.jit(partial(_init, arch, dtype=jnp.dtype(dtype)))(key)
+    """Random params: matrices normal with the config's std, norms one, biases zero.
 
-
-def _init(arch: Arch, key: PRNGKeyArray, dtype: Any) -> Tree:
+    Leaf by leaf, so that no more than one leaf exists in float32 beside the result.
+    """
     count = itertools.count()
 
     def leaf(path: str, shape: tuple[int, ...]) -> Array:
@@ -167,6 +166,11 @@ def _init(arch: Arch, key: PRNGKeyArray, dtype: Any) -> Tree:
         if path.endswith("bias"):
             return jnp.zeros(shape, dtype)
         own = jax.random.fold_in(key, next(count))
-        return (jax.random.normal(own, shape) * arch.init_std).astype(dtype)
+        return _normal(own, shape, arch.init_std, jnp.dtype(dtype))
 
     return layout(arch, leaf)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(key: PRNGKeyArray, shape: tuple[int, ...], std: float, dtype: Any) -> Array:
+    return (jax.random.normal(key, shape) * std).astype(dtype)

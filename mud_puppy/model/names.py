@@ -19,11 +19,8 @@ def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix: tree}
     start = f"{prefix}/" if prefix else ""
-    return {
-        path: leaf
-        for name, child in children
-        for path, leaf in flatten(child, f"{start}{name}").items()
-    }
+    parts = [flatten(child, f"{start}{name}") for name, child in children]
+    return {path: leaf for part in parts for path, leaf in part.items()}
 
 
 def unflatten(like: Tree, leaves: dict[str, Any], prefix: str = "") -> Tree:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from mud_puppy.model.safetensors import Stored
+from mud_puppy.model.tensors import Stored
 
 Bounds = tuple[slice, ...]
 
@@ -35,7 +35,7 @@ def read_leaf(
         _fill_layers(parts, [(everything, buffer)], len(shape))
         return jax.device_put(buffer).block_until_ready()
     indices = sharding.addressable_devices_indices_map(shape)
-    places = {device: _bounds(index, shape) for device, index in indices.items()}
+    places = {device: _bounds(index or (), shape) for device, index in indices.items()}
     shards = {str(at): (at, _allocate(at, kind)) for at in places.values()}
     _fill_layers(parts, list(shards.values()), len(shape))
     arrays = [jax.device_put(shards[str(at)][1], device) for device, at in places.items()]

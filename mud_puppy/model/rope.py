@@ -67,7 +67,9 @@ def rope_tables(
     inv_freq = jnp.asarray(rope.inv_freq, jnp.float32)
     if rope.dynamic is not None:
         theta, factor, limit = rope.dynamic
-        longest = jnp.max(positions if real is None else jnp.where(real > 0, positions, 0)) + 1
+        # Row by row, so that a sequence does not change with those beside it in the batch.
+        kept = positions if real is None else jnp.where(real > 0, positions, 0)
+        longest = jnp.max(kept, axis=-1)[:, None, None] + 1
         stretch = factor * jnp.maximum(longest, limit) / limit - (factor - 1)
         dim = 2 * len(rope.inv_freq)
         base = theta * stretch.astype(jnp.float32) ** (dim / (dim - 2))
@@ -107,12 +109,13 @@ def _llama3(inv_freq: np.ndarray, spec: dict[str, Any]) -> np.ndarray:
 
 def _yarn(spec: dict[str, Any], theta: float, dim: int, max_positions: int) -> Rope:
     old = spec.get("original_max_position_embeddings") or max_positions
-    factor = spec.get("factor") or max_positions / old
+    factor = float(spec.get("factor") or max_positions / old)
 
     def dimension(rotations: float) -> float:
         return dim * math.log(old / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = dimension(spec.get("beta_fast") or 32), dimension(spec.get("beta_slow") or 1)
+    low = dimension(float(spec.get("beta_fast") or 32))
+    high = dimension(float(spec.get("beta_slow") or 1))
     if spec.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -130,5 +133,5 @@ def _yarn_scale(spec: dict[str, Any], factor: float) -> float:
     if spec.get("attention_factor") is not None:
         return float(spec["attention_factor"])
     if spec.get("mscale") and spec.get("mscale_all_dim"):
-        return mscale(spec["mscale"]) / mscale(spec["mscale_all_dim"])
+        return mscale(float(spec["mscale"])) / mscale(float(spec["mscale_all_dim"]))
     return mscale(1.0)

@@ -16,23 +16,16 @@ import numpy as np
 
 from mud_puppy.model.families import FAMILIES
 from mud_puppy.model.files import INDEX, SINGLE
-from mud_puppy.model.safetensors import write_safetensors
+from mud_puppy.model.tensors import write_safetensors
 from mud_puppy.model.tokenizer import load_tokenizer
 
 Spec = tuple[tuple[int, ...], np.dtype]
 
 # What a tokenizer may consist of; transformers' own list is spread over its classes.
-_TOKENIZER_FILES = [
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-]
+_TOKENIZER_FILES = (
+    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json "
+    "added_tokens.json vocab.json merges.txt chat_template.jinja chat_template.json"
+).split()
 
 
 def write_weights(
@@ -81,8 +74,9 @@ def write_tokenizer(out: Path, source: Path | None, tokenizer: Any) -> None:
     if tokenizer is None and source is not None and source.is_file():
         tokenizer = load_tokenizer(source)
     if tokenizer is None:
-        for name in _TOKENIZER_FILES if source is not None else ():
-            _copy(source, out, name)
+        if source is not None:
+            for name in _TOKENIZER_FILES:
+                _copy(source, out, name)
         return
     tokenizer.save_pretrained(out)
     # transformers 5 calls the class TokenizersBackend, which 4 and programs on it do not know;
@@ -95,8 +89,7 @@ def write_tokenizer(out: Path, source: Path | None, tokenizer: Any) -> None:
 
 def write_configs(out: Path, source: Path | None, fields: dict[str, Any], dtype: str) -> None:
     """generation_config.json and, last of all files, config.json with `dtype`."""
-    copied = source is not None and _copy(source, out, "generation_config.json")
-    if not copied:
+    if source is None or not _copy(source, out, "generation_config.json"):
         ids = {key: fields.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         known = {key: value for key, value in ids.items() if value is not None}
         _write_json(out / "generation_config.json", known)
@@ -109,7 +102,7 @@ def _config(fields: dict[str, Any], dtype: str) -> dict[str, Any]:
     rope = dict(fields["rope_parameters"])
     theta = rope.pop("rope_theta")
     scaling = None if rope.get("rope_type", "default") == "default" else rope
-    given = {key: value for key, value in fields.items() if key not in ("_name_or_path",)}
+    given = {key: value for key, value in fields.items() if key != "_name_or_path"}
     return given | {
         "architectures": fields.get("architectures") or [FAMILIES[fields["model_type"]].hf_class],
         "dtype": dtype,

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,10 +60,8 @@ class Ended:
     course: Course
 
 
-class Listener(Protocol):
-    """Hears of every logged line: metrics.jsonl, TensorBoard, the progress bar."""
-
-    def __call__(self, step: int, values: dict[str, float]) -> None: ...
+# Hears of every logged line: metrics.jsonl, TensorBoard, the progress bar.
+Listener = Callable[[int, dict[str, Any]], None]
 
 
 def fit(

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mud_puppy.config import Config
+from mud_puppy.config import DTYPES, Config
 from mud_puppy.model import Model, axes, load, scan_layers
 from mud_puppy.parallel import batch_sharding, like, replicated, shardings
 from mud_puppy.run.loop import means
@@ -23,22 +23,31 @@ from mud_puppy.run.methods import SFT, Method
 from mud_puppy.run.optimizer import make_optimizer
 from mud_puppy.run.schedule import schedule
 from mud_puppy.run.step import State, init_state, make_eval, make_step
-from mud_puppy.weights import add_lora, combine, load_adapter, partition, with_dropout
+from mud_puppy.weights import (
+    Lora,
+    add_lora,
+    combine,
+    is_weight,
+    load_adapter,
+    partition,
+    with_dropout,
+)
 
 Tree = Any
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A run ready to go: `step(state, batch)` and `evaluate(state, batches)` are compiled at their
-    first call; `frozen` holds what does not train."""
+    first call; `frozen` holds what does not train. `lower(batch)` lowers the step ahead of time.
+    """
 
     model: Model
     state: State
     frozen: Tree
     step: Callable[[State, dict[str, np.ndarray]], tuple[State, Tree]]
     evaluate: Callable[[State, Any], dict[str, float]]
+    lower: Callable[[dict[str, np.ndarray]], jax.stages.Lowered]
 
     def params(self, state: State) -> Tree:
         """The whole params tree at `state`, dropout off."""
@@ -59,7 +68,7 @@ def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
     if config.method == "full":
         return model, params
     if config.adapter is not None:
-        params = load_adapter(params, config.adapter, dropout=config.lora_dropout)
+        params = _set_dropout(load_adapter(params, config.adapter), config.lora_dropout)
     if config.adapter is None or config.adapter_mode == "stack":
         params = add_lora(
             params,
@@ -72,6 +81,15 @@ def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
             dora=config.lora_dora,
         )
     return model, jax.device_put(params, shardings(mesh, axes(model.arch), params))
+
+
+def _set_dropout(params: Tree, rate: float) -> Tree:
+    """This run's rate on the adapters that it trains, whatever they were trained with before."""
+
+    def change(w: Any) -> Any:
+        return replace(w, dropout=rate) if isinstance(w, Lora) else w
+
+    return jax.tree.map(change, params, is_leaf=is_weight)
 
 
 def prepare(
@@ -122,7 +140,10 @@ def prepare(
         sums = [evaluate(state.train, frozen, None, put_batch(batch, mesh)) for batch in batches]
         return {f"eval_{name}": value for name, value in means(sums).items()}
 
-    return Prepared(model, state, frozen, one_step, whole_set)
+    def lower(batch: dict[str, np.ndarray]) -> jax.stages.Lowered:
+        return step.lower(state, frozen, None, put_batch(batch, mesh))
+
+    return Prepared(model, state, frozen, one_step, whole_set, lower)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -85,14 +85,36 @@ def choose(
 
 
 def truncate(logits: Float[Array, "B V"], top_k: Any, top_p: Any) -> Float[Array, "B V"]:
-    """-inf for all but the `top_k` largest, then all but the fewest whose mass reaches `top_p`."""
-    ordered = -jnp.sort(-logits, axis=-1)
-    V = logits.shape[-1]
-    last = jnp.where(top_k > 0, jnp.minimum(top_k, V), V) - 1
-    ordered = jnp.where(ordered >= ordered[:, last, None], ordered, -jnp.inf)
-    mass = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(mass, axis=-1) - mass
+    """-inf for all but the `top_k` largest, then all but the fewest whose mass reaches `top_p`.
+
+    A token stays while the count, or the mass, of those above it is below the bound. The lowest
+    place where that holds is found by bisection: sorting a vocabulary of 49,152 for 8 rows takes
+    100 ms on 2 CPU cores, as long as the model itself.
+    """
+    few = jnp.where(top_k > 0, top_k, jnp.inf)
+    logits = _above(logits, jnp.ones_like(logits), few)
     # top_p 1 is off: rounding in the sum must not cut the tail.
-    kept = ((before < top_p) | (top_p >= 1)) & (ordered > -jnp.inf)
-    smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= smallest, logits, -jnp.inf)
+    share = jnp.where(top_p < 1, top_p, jnp.inf)
+    return _above(logits, jax.nn.softmax(logits, axis=-1), share)
+
+
+def _above(logits: Array, weights: Array, bound: Array) -> Array:
+    """logits, -inf where the weights of the larger ones sum to `bound` or more."""
+    keys = _ordered(logits)
+
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
+        above = jnp.where(keys > middle, weights, 0).sum(-1, keepdims=True)
+        kept = above < bound
+        return jnp.where(kept, low, middle), jnp.where(kept, middle, high)
+
+    ends = keys.min(-1, keepdims=True) - 1, keys.max(-1, keepdims=True)
+    _, lowest = jax.lax.fori_loop(0, 32, halve, ends)
+    return jnp.where(keys >= lowest, logits, -jnp.inf)
+
+
+def _ordered(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
+    """The bits of float32 as int32 in the same order, so that halving the range ends at a value."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -34,7 +34,7 @@ class State:
     """Generation between two tokens.
 
     count int32 []: tokens chosen so far in rows that have not ended. token, position int32 [B]: the
-    last one of each row, which the cache does not hold yet, and its slot. ended bool [B]. keys [B].
+    last token of each row and its slot, which the next step fills. ended bool [B]. keys [B].
     tokens int32 [B, N], logps f32 [B, N]: what was chosen, NOT_WRITTEN after a row's end.
     """
 
@@ -77,19 +77,19 @@ def start(
         cache = jax.lax.with_sharding_constraint(cache, spread)
     slots = jnp.broadcast_to(jnp.arange(T), (B, T))
     real = (slots < lengths[:, None]).astype(jnp.int32)
-    hidden, cache = _forward(model, params, Inputs(prompts, slots, real), cache)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    _, cache = _forward(model, params, Inputs(prompts, slots, real), cache)
+    # The prompt's last token goes through the model again as the first step's input: one step more,
+    # but prefill needs no head, and the choice of a token is compiled in one place.
     state = State(
         cache=cache,
         count=jnp.int32(0),
-        token=jnp.zeros(B, jnp.int32),
+        token=jnp.take_along_axis(prompts, (lengths - 1)[:, None], axis=1)[:, 0],
         position=lengths - 1,
         ended=rows < 0,
         keys=keys,
         tokens=jnp.full((B, most), NOT_WRITTEN, jnp.int32),
         logps=jnp.zeros((B, most), jnp.float32),
     )
-    state = _append(state, logits(params, last)[:, 0], eos, how)
     return _decode(model, params, state, limit, eos, how)
 
 

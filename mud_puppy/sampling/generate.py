@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -111,9 +110,12 @@ def _run(
     most = options.max_new_tokens
     chunk = min(most, _STOP_CHUNK) if stopped else most
     state = begin(model, params, batch, mesh, options, eos, chunk)
-    while stopped and int(state.count) < most and not np.all(state.ended):
-        state = replace(state, ended=jnp.asarray(_ended(state, batch, stopped)))
+    while stopped and int(state.count) < most:
+        ended = _ended(state, stopped)
+        if ended.all():
+            break
         limit = min(int(state.count) + chunk, most)
+        state = replace(state, ended=jax.device_put(ended, state.ended.sharding))
         state = go_on(model, params, state, options, eos, limit)
     return state
 
@@ -133,21 +135,25 @@ def begin(
         arrays = jax.device_put(arrays, NamedSharding(mesh, BATCH))
     seed = np.uint32(options.seed % 2**32)
     most = bucket(options.max_new_tokens)
-    how = chooser(options)
-    return start(
-        model, most, mesh, params, *arrays, seed, np.int32(limit), np.array(eos, np.int32), how
-    )
+    ends, how = _padded(eos), chooser(options)
+    return start(model, most, mesh, params, *arrays, seed, np.int32(limit), ends, how)
 
 
 def go_on(
     model: Model, params: Tree, state: State, options: Options, eos: Sequence[int], limit: int
 ) -> State:
     """`engine.resume`, up to `limit` tokens in all; consumes `state`."""
-    ends = np.array(eos, np.int32)
-    return resume(model, params, state, np.int32(limit), ends, chooser(options))
+    return resume(model, params, state, np.int32(limit), _padded(eos), chooser(options))
 
 
-def _ended(state: State, batch: Batch, stopped: Callable[[list[int]], bool]) -> np.ndarray:
+def _padded(eos: Sequence[int]) -> np.ndarray:
+    """int32 [E], filled up with an id that no token has, so that E rarely changes."""
+    ends = np.full(bucket(len(eos), smallest=8), NOT_WRITTEN, np.int32)
+    ends[: len(eos)] = eos
+    return ends
+
+
+def _ended(state: State, stopped: Callable[[list[int]], bool]) -> np.ndarray:
     ended, tokens = np.array(state.ended), np.asarray(state.tokens)
     for b in np.flatnonzero(~ended):
         ended[b] = stopped(tokens[b, : int(state.count)].tolist())

@@ -1,6 +1,7 @@
 """From what a caller asks to token ids, and which token ids end a reply.
 
-A tokenizer here is a transformers tokenizer, or anything with its methods.
+Chat is rendered by the data room's `Template`, so that a model is asked in the words it was trained
+on. A tokenizer here is a transformers tokenizer.
 """
 
 import json
@@ -8,15 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from mud_puppy.data.template import SENTINEL, Template, template_of
 from mud_puppy.errors import UserError
 from mud_puppy.model.arch import Arch
 from mud_puppy.model.module import Model
 
 Prompt = str | Sequence[Mapping[str, Any]]
-
-_MARK = "mud"
 
 
 def tokenize(
@@ -29,42 +27,47 @@ def tokenize(
     """
     if isinstance(prompts, str):
         raise UserError("prompts is one text, expected a list of prompts: put it in brackets")
-    templated = bool(tokenizer.chat_template)
-    if chat and not templated:
+    template = None if chat is False else template_of(tokenizer)
+    if chat and template is None:
         raise UserError("chat is on, but the tokenizer has no chat template; use chat off")
-    chat = templated if chat is None else chat
-    return [_tokenize(tokenizer, prompt, chat, f"prompt {i}") for i, prompt in enumerate(prompts)]
+    return [_ids(tokenizer, template, prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
 
 
-def _tokenize(tokenizer: Any, prompt: Prompt, chat: bool, where: str) -> list[int]:
+def _ids(tokenizer: Any, template: Template | None, prompt: Prompt, where: str) -> list[int]:
     if not prompt:
         raise UserError(f"{where} is empty, expected a text or a list of messages")
-    if not chat:
-        if not isinstance(prompt, str):
-            why = "chat is off" if tokenizer.chat_template else "the tokenizer has no chat template"
-            raise UserError(f"{where} is a list of messages, but {why}; give a text")
-        ids = tokenizer(prompt)["input_ids"]
-    else:
+    if template is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids = _render(tokenizer, messages, where)
+        text = _render(template, messages, where)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    elif isinstance(prompt, str):
+        ids = _unended(tokenizer, prompt)
+    else:
+        why = "chat is off" if tokenizer.chat_template else "the tokenizer has no chat template"
+        raise UserError(f"{where} is a list of messages, but {why}; give a text")
     if not ids:
         raise UserError(f"{where} has no tokens: {prompt!r:.80}")
     return list(ids)
 
 
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str) -> list[int]:
+def _unended(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text to continue: without the EOS that some tokenizers put behind every text."""
+    ids = tokenizer(text)["input_ids"]
+    eos = tokenizer.eos_token_id
+    ended = eos is not None and ids[-1:] == [eos] and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if ended else ids
+
+
+def _render(template: Template, messages: Sequence[Mapping[str, Any]], where: str) -> str:
     for m, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise UserError(
                 f"{where}, message {m}: expected 'role' and 'content', got {message!r:.80}"
             )
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
-    except jinja2.TemplateError as error:
-        raise UserError(f"{where}: the chat template refused the messages: {error}") from None
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return template.render([dict(message) for message in messages], generation_prompt=True)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def eos_ids(model: Model, tokenizer: Any) -> tuple[int, ...]:
@@ -94,14 +97,15 @@ def _generation_config(model: Model) -> dict[str, Any]:
 
 def _end_of_turn(tokenizer: Any) -> int | None:
     """The special token right behind an assistant's words in the chat template."""
-    if not tokenizer.chat_template:
+    template = template_of(tokenizer)
+    if template is None:
         return None
-    turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except jinja2.TemplateError:  # a template that wants more than two plain turns
+        text = template.render(turns)
+    except UserError:  # a template that wants more than two plain turns
         return None
-    tail = tokenizer(text.rpartition(_MARK)[2], add_special_tokens=False)["input_ids"]
+    tail = tokenizer(text.rpartition(SENTINEL)[2], add_special_tokens=False)["input_ids"]
     return tail[0] if tail and tail[0] in tokenizer.added_tokens_decoder else None
 
 

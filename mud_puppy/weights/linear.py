@@ -40,7 +40,8 @@ def embed(w: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
 
 def lora_delta(w: Lora) -> Float[Array, "... out in"]:
     """scale * b @ a, float32."""
-    ba = jnp.einsum("...or,...ri->...oi", w.b, w.a)
+    # HIGHEST: GPUs would round the factors to TF32, and a merged model keeps that error.
+    ba = jnp.einsum("...or,...ri->...oi", w.b, w.a, precision=jax.lax.Precision.HIGHEST)
     return ba * w.scale[..., None, None]
 
 

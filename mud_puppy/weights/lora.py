@@ -89,9 +89,7 @@ def merge_lora(params: Tree) -> Tree:
 
 def strip_lora(params: Tree) -> Tree:
     """The model without the outermost adapters; shares every buffer."""
-    return jax.tree.map(
-        lambda w: w.base if isinstance(w, Lora) else w, params, is_leaf=is_weight
-    )
+    return jax.tree.map(lambda w: w.base if isinstance(w, Lora) else w, params, is_leaf=is_weight)
 
 
 def with_dropout(params: Tree, key: PRNGKeyArray | None) -> Tree:
@@ -108,9 +106,7 @@ def _keyed(w: Lora, key: PRNGKeyArray | None, index: int) -> Lora:
     return Lora(w.base, w.a, w.b, w.scale, w.magnitude, keys, w.dropout)
 
 
-def _fresh(
-    w: Any, rank: int, scale: float, key: PRNGKeyArray, dropout: float, dora: bool
-) -> Lora:
+def _fresh(w: Any, rank: int, scale: float, key: PRNGKeyArray, dropout: float, dora: bool) -> Lora:
     *stack, out_dim, in_dim = base_of(w).shape
     bound = 1 / math.sqrt(in_dim)
     a = jax.random.uniform(key, (*stack, rank, in_dim), jnp.float32, -bound, bound)

@@ -62,32 +62,11 @@ def read_adapter(folder: Path, shapes: dict[str, tuple[int, int]]) -> tuple[dict
 
 # Fields that do not change what a trained adapter computes, and those that `_part` reads.
 _KNOWN = frozenset(
-    [
-        "auto_mapping",
-        "base_model_name_or_path",
-        "ensure_weight_tying",
-        "exclude_modules",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "megatron_config",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "use_dora",
-    ]
+    "auto_mapping base_model_name_or_path ensure_weight_tying exclude_modules "
+    "inference_mode layers_pattern layers_to_transform loftq_config megatron_config "
+    "megatron_core peft_type peft_version qalora_group_size revision runtime_config "
+    "target_modules task_type r lora_alpha lora_dropout rank_pattern alpha_pattern "
+    "use_rslora use_dora".split()
 )
 # Ways of starting an adapter that leave the base weights alone (PiSSA, OLoRA, ... do not).
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")

@@ -5,6 +5,7 @@ of groups, a group a list of p blocks whose leaves are stacked over n repeats; l
 `start + r * p + j` is repeat r of block j. Modules carry the names that Hugging Face and PEFT use.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -104,7 +105,7 @@ def _split(key: Callable, group: list[Tree], start: int) -> list[tuple[list[Tree
         return [(group, start)]
     return [
         (jax.tree.map(lambda x, a=a, b=b: x[a:b], group), start + a * p)
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        for a, b in itertools.pairwise(cuts)
     ]
 
 

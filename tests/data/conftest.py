@@ -1,4 +1,5 @@
-"""A tokenizer that knows the control tokens of many chat formats, and the chat templates of these formats."""
+"""A tokenizer that knows the control tokens of many chat formats, and the chat templates of these
+formats."""
 
 import json
 from collections.abc import Callable
@@ -6,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 TEMPLATES = Path(__file__).parent / "templates"
 CONTROL = (
-    "<s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn> "
-    "<end_of_turn> <|system|> <|user|> <|assistant|> <|end|> <｜User｜> <｜Assistant｜> "
-    "<｜end▁of▁sentence｜>"
+    "<s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> "
+    "<start_of_turn> <end_of_turn> <|system|> <|user|> <|assistant|> <|end|> "
+    "<\uff5cUser\uff5c> <\uff5cAssistant\uff5c> <\uff5cend▁of▁sentence\uff5c>"
 ).split()
 SENTENCES = (
     "Hello there! How are you today?",
@@ -46,7 +55,8 @@ def byte_bpe() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def spm_bpe() -> Tokenizer:
-    """Sentencepiece-like BPE, as Mistral and Llama 2 have: the space belongs to the word behind it."""
+    """Sentencepiece-like BPE, as Mistral and Llama 2 have: the space belongs to the word behind
+    it."""
     tokenizer = Tokenizer(models.BPE(unk_token="<s>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -67,11 +77,13 @@ def spm_bpe() -> Tokenizer:
 
 @pytest.fixture
 def make(byte_bpe: Tokenizer, spm_bpe: Tokenizer) -> Callable[..., PreTrainedTokenizerFast]:
-    """make(template name or None, kind="byte" or "spm", eos=...) -> a transformers tokenizer."""
+    """make(template name or None, kind="byte" or "spm") -> a transformers tokenizer."""
 
-    def build(template: str | None = None, kind: str = "byte", eos: str = "</s>") -> Any:
+    def build(template: str | None = None, kind: str = "byte") -> Any:
         backend = {"byte": byte_bpe, "spm": spm_bpe}[kind]
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
+        )
         if template is not None:
             tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
         return tokenizer
@@ -81,7 +93,8 @@ def make(byte_bpe: Tokenizer, spm_bpe: Tokenizer) -> Callable[..., PreTrainedTok
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
-    """write(name, rows or bytes) -> the path of a file with one JSON value a line, or with these bytes."""
+    """write(name, rows or bytes) -> the path of a file with one JSON value a line, or with these
+    bytes."""
 
     def put(name: str, content: Any) -> str:
         path = tmp_path / name

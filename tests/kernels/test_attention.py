@@ -50,7 +50,9 @@ def run(f, args, cotangents):
 
 
 def xla_results(args, cotangents, **options):
-    f = lambda *args: flash_attention(*args, implementation="xla", return_lse=True, **options)
+    def f(*args):
+        return flash_attention(*args, implementation="xla", return_lse=True, **options)
+
     return jax.jit(lambda *args: run(f, *args))(args, cotangents)
 
 
@@ -59,9 +61,14 @@ def reference_results(args, cotangents, causal=True, window=None, segment_ids=No
     ids = segment_ids, kv.get("kv_segment_ids", segment_ids)
     ids = [x if x is None else jnp.asarray(x) for x in ids]
     with jax.enable_x64(True):
-        wide = [tuple(jnp.asarray(np.asarray(x, np.float64)) for x in xs) for xs in (args, cotangents)]
+        wide = [
+            tuple(jnp.asarray(np.asarray(x, np.float64)) for x in xs) for xs in (args, cotangents)
+        ]
         scale = args[0].shape[-1] ** -0.5
-        f = lambda *args: reference.attention(*args, *ids, causal=causal, window=window, scale=scale)
+
+        def f(*args):
+            return reference.attention(*args, *ids, causal=causal, window=window, scale=scale)
+
         return [np.asarray(x) for x in jax.jit(lambda *args: run(f, *args))(*wide)]
 
 
@@ -76,8 +83,8 @@ def differences(got, want):
     for g, w in zip(got, want, strict=True):
         g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
         assert np.array_equal(np.isneginf(g), np.isneginf(w))
-        finite = ~np.isneginf(w)
-        yield np.abs(g - w)[finite].max() / max(np.abs(w)[finite].max(), 1e-3)
+        g, w = g[np.isfinite(w)], w[np.isfinite(w)]
+        yield np.abs(g - w).max() / max(np.abs(w).max(), 1e-3)
 
 
 CASES = {
@@ -95,6 +102,7 @@ CASES = {
     "packed, window": ({}, {"segment_ids": segments(2, 40), "window": 5}),
     "packed, full, odd": ({"T": 37}, {"segment_ids": segments(2, 37), "causal": False}),
     "last queries of a longer sequence": ({"T": 9, "S": 50}, {"window": 20}),
+    "one pair, the last": ({"T": 1, "S": 50}, {"window": 2}),
     "queries before any key": ({"T": 50, "S": 20}, {}),
     "cross": ({"T": 21, "S": 45}, {"causal": False}),
     "cross, segments without keys": (
@@ -168,7 +176,7 @@ def calls(draw):
     return shape, {"causal": causal, "window": window, **(ids if packed else {})}
 
 
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(calls())
 def test_any_shape(call):
     shape, options = call
@@ -187,6 +195,7 @@ def test_pairs_skip_what_no_query_sees():
     assert pairs(window=1) == [[0, 0], [1, 1], [2, 2], [3, 3]]
     assert pairs(window=2) == [[0, 0], [1, 0], [1, 1], [2, 1], [2, 2], [3, 2], [3, 3]]
     assert pairs(T=16) == [[0, 0], [0, 1], [0, 2], [0, 3]]
+    assert pairs(T=1, window=2) == [[0, 3]]
 
 
 def temp_bytes(f, T):
@@ -198,24 +207,26 @@ def temp_bytes(f, T):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_memory_is_linear(direction):
     def growth(implementation):
-        f = lambda *args: flash_attention(*args, implementation=implementation)
+        def f(*args):
+            return flash_attention(*args, implementation=implementation)
+
         if direction == "backward":
             f = jax.grad(lambda *args, f=f: (f(*args) ** 2).sum(), (0, 1, 2))
-        return temp_bytes(f, 4096) / temp_bytes(f, 1024)
+        return temp_bytes(f, 2048) / temp_bytes(f, 512)
 
     assert growth("xla") < 5 < 12 < growth("reference")
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_batch_shards_stay_apart(packed):
+def test_batch_shards_stay_apart():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     (q, k, v), _ = inputs(B=8)
     ids = segments(8, 40)
     rows = NamedSharding(mesh, PartitionSpec("data"))
 
     def grads(q, k, v, ids):
-        ids = ids if packed else None
-        loss = lambda *args: (flash_attention(*args, segment_ids=ids) ** 2).sum()
+        def loss(*args):
+            return (flash_attention(*args, segment_ids=ids) ** 2).sum()
+
         return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
 
     def lowered(f):
@@ -228,7 +239,9 @@ def test_batch_shards_stay_apart(packed):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
     def merged(q, k, v, ids):  # what must not happen: B folded into another axis
-        whole = lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+        def whole(x):
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
         return grads(whole(q), whole(k), whole(v), ids)
 
     assert "all-gather" in lowered(merged).as_text()
@@ -261,21 +274,19 @@ def test_decode_equals_the_rows_of_flash_attention(T, window):
         q[:, 40 - T :], *cache, positions
     )
     np.testing.assert_allclose(got, want, atol=tolerance(jnp.float32, 49) * 4)
-    late = decode_attention(q[:, 40 - T :], *cache, positions - 1, window=window)
-    assert jnp.abs(late - want).max() > 0.01
+    one_less = decode_attention(q[:, 40 - T :], *cache, positions - 1, window=window)
+    assert jnp.abs(one_less - want).max() > 0.01
 
 
 def test_decode_rows_have_their_own_positions():
-    (q, k, v), _ = inputs(T=40)
+    (q, k, v), _ = inputs(H=1, K=1)
     positions = jnp.array([[3, 30], [17, 2]])
-    got = decode_attention(q[:, :2], k, v, positions)
-    for b in range(2):
-        for t in range(2):
-            n = int(positions[b, t]) + 1
-            want = flash_attention(
-                q[b : b + 1, t : t + 1], k[b : b + 1, :n], v[b : b + 1, :n], causal=False
-            )
-            np.testing.assert_allclose(got[b, t], want[0, 0], atol=1e-5)
+    got = np.asarray(decode_attention(q[:, :2], k, v, positions))
+    q, k, v = (np.asarray(x, np.float64)[:, :, 0] for x in (q, k, v))
+    for b, t in np.ndindex(2, 2):
+        n = int(positions[b, t]) + 1
+        p = np.exp(k[b, :n] @ q[b, t] * 8**-0.5)
+        np.testing.assert_allclose(got[b, t, 0], p @ v[b, :n] / p.sum(), atol=1e-6)
 
 
 # The dispatcher
@@ -375,7 +386,9 @@ def test_cudnn_is_asked_for_the_right_mask(hopper, options, asked):
 
 
 def test_packed_layout_covers_every_token():
-    ids = jnp.asarray([[1] * 20 + [2] * 11 + [0] * 9, [0] * 3 + [1] * 36 + [2], [7] * 40], jnp.int32)
+    ids = jnp.asarray(
+        [[1] * 20 + [2] * 11 + [0] * 9, [0] * 3 + [1] * 36 + [2], [7] * 40], jnp.int32
+    )
     starts, lengths = (np.asarray(x) for x in cudnn._layout(ids))
     assert starts.shape == (3, 17) and lengths.shape == (3, 16)
     assert [row[row >= 0].tolist() for row in starts] == [[0, 20, 31], [0, 3, 39], [0]]
@@ -384,9 +397,9 @@ def test_packed_layout_covers_every_token():
 
 
 def test_only_rows_that_fit_go_to_cudnn():
-    ascending = jnp.arange(40)[None] // 4  # 10 segments of at most 16
+    ascending = 1 + jnp.arange(40)[None] // 4  # 10 segments of at most 16
     assert cudnn._fits(ascending)
-    assert cudnn._fits(jnp.where(ascending == 9, 0, ascending))  # padding after
+    assert cudnn._fits(jnp.where(ascending == 10, 0, ascending))  # padding after
     assert not cudnn._fits(jnp.arange(40)[None] // 2)  # 20 segments
     assert not cudnn._fits(jnp.where(ascending == 5, 2, ascending))  # segment 2 comes back
     assert cudnn.max_segments(2048) == 64
@@ -408,10 +421,13 @@ def fake_forward(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, 
 def fake_backward(scale, seed, dropout, variadic, mask_type, layout, window, version, res, *last):
     del seed, dropout, variadic, layout, version, res
     (q, k, v, _, lengths, _, starts, _, _, _, stats, _), d_out = last
-    f = lambda q, k, v: fake_forward(
-        q, k, v, q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts,
-        scale=scale, mask_type=mask_type, sliding_window_length=window,
-    )[0]  # fmt: skip
+
+    packed = {"q_seqlen": lengths, "kv_seqlen": lengths, "q_offsets": starts, "kv_offsets": starts}
+    options = {"scale": scale, "mask_type": mask_type, "sliding_window_length": window}
+
+    def f(q, k, v):
+        return fake_forward(q, k, v, **packed, **options)[0]
+
     grads = jax.vjp(f, q, k, v)[1](d_out)
     # NaN if the statistics are not those of the forward pass.
     return *(g * jnp.where(stats.min() == 7, 1, jnp.nan).astype(g.dtype) for g in grads), None
@@ -427,7 +443,10 @@ def test_packed_rows_through_cudnn_or_past_it(hopper, monkeypatch, kind):
         ids = jnp.broadcast_to(jnp.arange(40) // 2, (2, 40))
     if kind == "unordered":
         ids = jnp.where(ids == 3, 1, ids)
-    f = lambda *args: (flash_attention(*args, segment_ids=ids, implementation="cudnn"),)
+
+    def f(*args):
+        return (flash_attention(*args, segment_ids=ids, implementation="cudnn"),)
+
     got = jax.jit(lambda *args: run(f, *args))(args, cotangents[:1])
     zero_lse = cotangents[0], jnp.zeros_like(cotangents[1])
     want = reference_results(args, zero_lse, segment_ids=ids)

@@ -53,8 +53,8 @@ def test_chat_needs_a_template(plain_tokenizer):
 def test_a_template_that_refuses_is_a_user_error(tokenizer, monkeypatch):
     strict = "{{ raise_exception('roles must alternate') }}"
     monkeypatch.setattr(tokenizer, "chat_template", strict)
-    with pytest.raises(UserError, match="prompt 0: the chat template refused .* must alternate"):
-        tokenize(strict, ["hi"])
+    with pytest.raises(UserError, match=r"prompt 0: the chat template refuses .* must alternate"):
+        tokenize(tokenizer, ["hi"])
 
 
 def test_eos_ids_of_every_source(pair, tokenizer, plain_tokenizer, tmp_path):
@@ -80,11 +80,11 @@ def test_prompts_that_do_not_fit_the_model(pair):
     tiny = pair("llama")
     full = [5] * (256 - 64)
     assert len(generate_tokens(tiny.model, tiny.params, [full])[0].tokens) == 64
-    with pytest.raises(UserError, match="prompt 1 has 193 tokens; with 64 new ones .* 256 pos"):
+    with pytest.raises(UserError, match=r"prompt 1 has 193 tokens; with 64 new ones .* 256 pos"):
         generate_tokens(tiny.model, tiny.params, [full, [*full, 5]])
     with pytest.raises(UserError, match="prompt 0 is empty"):
         generate_tokens(tiny.model, tiny.params, [[]])
-    with pytest.raises(UserError, match="token id 300, .* vocabulary has 300"):
+    with pytest.raises(UserError, match=r"token id 300, .* vocabulary has 300"):
         generate_tokens(tiny.model, tiny.params, [[1, 300]])
     with pytest.raises(UserError, match="token id -1"):
         generate_tokens(tiny.model, tiny.params, [[-1, 3]])

@@ -35,15 +35,15 @@ def flash_attention(
 ) -> Any:
     """softmax(scale q k^T) v over the visible keys -> out [B, T, H, D] in q's dtype.
 
-    K divides H; query heads h and key head h // (H // K) belong together. `scale` is D ** -0.5 when
-    None. Query i (counted so that the last query sits on the last key) sees key j if j <= i (causal),
+    K divides H; query head h reads key head h // (H // K). `scale` is D ** -0.5 when None. Query i
+    (counted so that the last query sits on the last key) sees key j if j <= i (causal) and
     i - window < j (window, with causal only) and both carry the same segment id; padding is segment
-    0 and sees itself. The ids of the keys default to those of the queries. A query that sees no key
-    gives 0. Softmax and sums are float32.
+    0 and sees itself. The ids of the keys default to those of the queries. A query that sees no
+    key gives 0. Softmax and sums are float32.
 
     With `return_lse` also float32 [B, T, H], the log-sum-exp of the visible scores (-inf if there
-    are none), which is differentiable: parts of a sequence merge by it. Raises ValueError for shapes
-    that do not fit and for an `implementation` that cannot serve the call.
+    are none), which is differentiable: parts of a sequence merge by it. Raises ValueError for
+    shapes that do not fit and for an `implementation` that cannot serve the call.
     """
     if kv_segment_ids is None:
         kv_segment_ids = segment_ids
@@ -71,7 +71,9 @@ def _choose(
     if implementation in ("xla", "reference"):
         return implementation
     if implementation not in (None, "cudnn"):
-        raise ValueError(f"attention implementation {implementation!r} is none of {IMPLEMENTATIONS}")
+        raise ValueError(
+            f"attention implementation {implementation!r} is none of {IMPLEMENTATIONS}"
+        )
     reason = cudnn.declines(q, k, causal, q_segments, k_segments, return_lse)
     if reason is None:
         _say(logging.INFO, "attention: cudnn")

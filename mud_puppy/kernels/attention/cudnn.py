@@ -1,13 +1,13 @@
 """cuDNN's fused attention on NVIDIA cards, packed sequences included, through JAX's bindings.
 
-JAX gives the packed layout (a start and a length for each segment of a row) only in a private module
-(jax/_src/cudnn/fused_attention_stablehlo.py, read at 0.10.2 and 0.11.2, the range this project pins);
-the private backward rule is called as well, so that the residuals carry the name "attention" and a
-remat policy that saves it does not run the forward twice.
+JAX gives the packed layout (a start and a length for each segment of a row) only in a private
+module (jax/_src/cudnn/fused_attention_stablehlo.py, read at 0.10.2 and 0.11.2, the range this
+project pins); the private backward rule is called as well, so that the residuals carry the name
+"attention" and a remat policy that saves it does not run the forward twice.
 
-Packed rows hold at most `max_segments(T)` segments in cuDNN's buffers. Whether a batch fits is known
-on the device only: one that does not, or whose ids are not ascending, runs on `xla` inside the same
-step (`lax.cond`), slower and never wrong.
+Packed rows hold at most `max_segments(T)` segments in cuDNN's buffers. Whether a batch fits is
+known on the device only: one that does not, or whose ids are not ascending, runs on `xla` inside
+the same step (`lax.cond`), slower and never wrong.
 
 Not partitioned by B for packed rows on several cards: wrap the call in `shard_map` there.
 """
@@ -39,8 +39,8 @@ def on_cuda() -> bool:
 def max_segments(T: int) -> int:
     """Segments a packed row may hold here: a mean length of 32 tokens, and at least 16.
 
-    cuDNN allots float32 [B * max_segments, H, T] for the softmax statistics and starts thread blocks
-    for each, so the bound costs memory and time: at T 2048, 8 rows of 32 heads, 64 segments: 134 MB.
+    cuDNN allots float32 [B * max_segments, H, T] for the softmax statistics and starts thread
+    blocks for each, so the bound costs memory and time: 134 MB for 8 rows of 2048 and 32 heads.
     """
     return max(16, T // 32)
 
@@ -58,10 +58,11 @@ def declines(
     except RuntimeError as error:
         return str(error)
     hopper = fused.check_compute_capability("9.0")
+    widest = 256 if hopper else 128
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {q.dtype} is neither bfloat16 nor float16"
-    if D % 8 or D > (256 if hopper else 128):
-        return f"head_dim {D} is not a multiple of 8 up to {256 if hopper else 128}"
+    if D % 8 or widest < D:
+        return f"head_dim {D} is not a multiple of 8 up to {widest}"
     if T % 2 or S % 2:
         return "a sequence length is odd"
     if causal and T != S:
@@ -76,7 +77,9 @@ def declines(
         return f"packed sequences need cuDNN 9.6 (found {version}) and a Hopper card or newer"
     if H != K and jax.__version_info__ < (0, 11, 2):
         # jax-ml/jax#39521: the offsets of K and V were scaled by the query heads' stride.
-        return f"jax {jax.__version__} misplaces packed keys when heads are grouped; 0.11.2 does not"
+        return (
+            f"jax {jax.__version__} misplaces packed keys when heads are grouped; 0.11.2 does not"
+        )
     return None
 
 

@@ -40,7 +40,7 @@ def attention(
 
 
 def visible(T: int, S: int, causal: bool, window: int | None) -> Bool[Any, "T S"]:
-    """Query i sees key j: causal j <= i, window i - window < j; the last query sits on the last key."""
+    """Query i sees key j: causal j <= i, window i - window < j; the last i is the last j."""
     i = jnp.arange(T)[:, None] + S - T
     j = jnp.arange(S)[None, :]
     seen = jnp.ones((T, S), bool)

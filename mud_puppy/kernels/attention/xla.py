@@ -1,10 +1,10 @@
 """Attention in plain XLA, memory linear in sequence length forward and backward.
 
-FlashAttention's online softmax (arXiv:2205.14135) and recomputing backward (arXiv:2307.08691) as one
-`lax.scan` over (query block, key block) pairs. Which pairs can see each other at all is known while
-tracing, so blocks wholly above the causal diagonal or left of the window cost nothing; segments are
-masked inside a block, not skipped. Query heads that share a key head are grouped, K and V are never
-repeated, and B stays an axis of its own throughout, so the batch may be sharded.
+FlashAttention's online softmax (arXiv:2205.14135) and recomputing backward (arXiv:2307.08691) as
+one `lax.scan` over (query block, key block) pairs. Which pairs can see each other at all is known
+while tracing, so blocks wholly above the causal diagonal or left of the window cost nothing;
+segments are masked inside a block, not skipped. Query heads that share a key head are grouped, K
+and V are never repeated, and B stays an axis of its own, so the batch may be sharded.
 """
 
 from dataclasses import dataclass
@@ -66,15 +66,17 @@ def attention(
     plan = _Plan(T, S, _block(T, max_block), _block(S, max_block), causal, window, scale)
     q = q.reshape(*q.shape[:2], K, q.shape[2] // K, -1).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    q, q_segments = _pad(q, plan.q_block, 3), _pad(q_segments, plan.q_block, 1)
-    k, v, k_segments = _pad(k, plan.k_block, 2), _pad(v, plan.k_block, 2), _pad(k_segments, plan.k_block, 1)
-    out, lse = _attention(plan, q, k, v, q_segments, k_segments)
+    q, qs = _pad(q, plan.q_block, 3), _pad(q_segments, plan.q_block, 1)
+    k, v = _pad(k, plan.k_block, 2), _pad(v, plan.k_block, 2)
+    result: Any = _attention(plan, q, k, v, qs, _pad(k_segments, plan.k_block, 1))
+    out, lse = result
     out = out[:, :, :, :T].transpose(0, 3, 1, 2, 4)
     lse = lse[:, :, :, :T].transpose(0, 3, 1, 2)
     return out.reshape(*out.shape[:2], -1, out.shape[-1]), lse.reshape(*lse.shape[:2], -1)
 
 
-# Below, q and out are [B, K, G, T, D], k and v [B, K, S, D], lse [B, K, G, T]; T and S whole blocks.
+# Below, q and out are [B, K, G, T, D], k and v [B, K, S, D], lse [B, K, G, T], the segment ids
+# qs [B, T] and ks [B, S]; T and S are whole blocks.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -94,7 +96,8 @@ def _forward(plan: _Plan, q: Any, k: Any, v: Any, qs: Any, ks: Any) -> Any:
         keep = jnp.exp(top - safe_top)
         pv = _dot("bkgts,bksd->bkgtd", p.astype(q.dtype), vj)
         new = (out * keep[..., None] + pv, new_top, total * keep + p.sum(-1))
-        return tuple(_put(x, y, pair[0], plan.q_block, 3) for x, y in zip(state, new)), None
+        put = partial(_put, i=pair[0], block=plan.q_block, axis=3)
+        return tuple(map(put, state, new)), None
 
     rows = q.shape[:4]
     state = jnp.zeros(q.shape, f32), jnp.full(rows, -jnp.inf, f32), jnp.zeros(rows, f32)
@@ -122,13 +125,13 @@ def _backward(plan: _Plan, residuals: Any, cotangents: Any) -> Any:
         p = jnp.exp(scores - li[..., None])
         dp = _dot("bkgtd,bksd->bkgts", gi, vj)
         ds = (p * (dp + ri[..., None]) * plan.scale).astype(q.dtype)
-        dv = _add(dv, _dot("bkgts,bkgtd->bksd", p.astype(q.dtype), gi), pair[1], plan.k_block, 2)
-        dk = _add(dk, _dot("bkgts,bkgtd->bksd", ds, qi), pair[1], plan.k_block, 2)
         dq = _add(dq, _dot("bkgts,bksd->bkgtd", ds, kj), pair[0], plan.q_block, 3)
+        dk = _add(dk, _dot("bkgts,bkgtd->bksd", ds, qi), pair[1], plan.k_block, 2)
+        dv = _add(dv, _dot("bkgts,bkgtd->bksd", p.astype(q.dtype), gi), pair[1], plan.k_block, 2)
         return (dq, dk, dv), None
 
     grads = _each(step, tuple(jnp.zeros(x.shape, f32) for x in (q, k, v)), plan.pairs())
-    dq, dk, dv = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v)))
+    dq, dk, dv = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv, None, None
 
 
@@ -138,8 +141,8 @@ _attention.defvjp(_forward, _backward)
 def _scores(plan: _Plan, pair: Any, q: Any, k: Any, v: Any, qs: Any, ks: Any) -> Any:
     """(key block, value block, masked float32 scores [B, K, G, q_block, k_block])."""
     i, j = pair
-    qi, kj, vj = _take(q, i, plan.q_block, 3), _take(k, j, plan.k_block, 2), _take(v, j, plan.k_block, 2)
-    scores = _dot("bkgtd,bksd->bkgts", qi, kj) * plan.scale
+    kj, vj = _take(k, j, plan.k_block, 2), _take(v, j, plan.k_block, 2)
+    scores = _dot("bkgtd,bksd->bkgts", _take(q, i, plan.q_block, 3), kj) * plan.scale
     t = (jnp.arange(plan.q_block) + i * plan.q_block + plan.S - plan.T)[:, None]
     s = (jnp.arange(plan.k_block) + j * plan.k_block)[None, :]
     seen = s < plan.S
@@ -149,14 +152,15 @@ def _scores(plan: _Plan, pair: Any, q: Any, k: Any, v: Any, qs: Any, ks: Any) ->
         seen &= s > t - plan.window
     seen = seen[None]
     if qs is not None:
-        seen &= _take(qs, i, plan.q_block, 1)[:, :, None] == _take(ks, j, plan.k_block, 1)[:, None, :]
+        qsi, ksj = _take(qs, i, plan.q_block, 1), _take(ks, j, plan.k_block, 1)
+        seen &= qsi[:, :, None] == ksj[:, None, :]
     return kj, vj, jnp.where(seen[:, None, None], scores, -jnp.inf)
 
 
 def _each(step: Any, state: Any, pairs: np.ndarray) -> Any:
-    """The scan over pairs; a single pair, the whole of a short sequence, runs without a loop."""
+    """The scan over pairs; a single pair, as of a short sequence, runs without a loop."""
     if len(pairs) == 1:
-        return step(state, (0, 0))[0]
+        return step(state, pairs[0].tolist())[0]
     return jax.lax.scan(step, state, (pairs[:, 0], pairs[:, 1]))[0]
 
 
@@ -181,9 +185,9 @@ def _take(x: Array, i: Any, block: int, axis: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis)
 
 
-def _put(x: Array, block: Array, i: Any, size: int, axis: int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, block, i * size, axis)
+def _put(x: Array, part: Array, i: Any, block: int, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, part, i * block, axis)
 
 
-def _add(x: Array, block: Array, i: Any, size: int, axis: int) -> Array:
-    return _put(x, _take(x, i, size, axis) + block, i, size, axis)
+def _add(x: Array, part: Array, i: Any, block: int, axis: int) -> Array:
+    return _put(x, _take(x, i, block, axis) + part, i, block, axis)

@@ -13,7 +13,6 @@ from functools import reduce
 from itertools import chain
 from multiprocessing import get_context
 from operator import add
-from typing import Literal
 
 import numpy as np
 
@@ -32,14 +31,15 @@ class EncodeOptions(MaskOptions):
     """How rows become examples; UserError for a value out of range.
 
     max_seq_length: tokens; what an example may have at most.
-    on_long: what happens to an example that has more: cut its end, leave it out, or stop.
-    on_bad_rows: the same for a row that has no turn to train on or that the template refuses.
+    on_long: "truncate" cuts the end of an example that has more, "skip" leaves it out, "stop"
+    raises.
+    on_bad_rows: "stop" raises for a row that cannot be trained on, "skip" leaves it out.
     preprocess_workers: processes; 0 and 1 mean the caller's own.
     """
 
     max_seq_length: int = 2048
-    on_long: Literal["truncate", "skip", "stop"] = "truncate"
-    on_bad_rows: Literal["stop", "skip"] = "stop"
+    on_long: str = "truncate"
+    on_bad_rows: str = "stop"
     preprocess_workers: int = 1
 
     def __post_init__(self) -> None:

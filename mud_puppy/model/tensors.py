@@ -28,7 +28,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor on disk. `read(a, b, out)` fills `out`, C-contiguous and of `dtype`, with rows a:b."""
+    """One tensor on disk: `read(a, b, out)` fills C-contiguous `out` of `dtype` with rows a:b."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -66,7 +66,7 @@ def _stored(path: Path, start: int, name: str, entry: dict) -> Stored:
 
 def _read(path: Path, start: int, row_bytes: int, a: int, b: int, out: np.ndarray) -> None:
     assert out.flags.c_contiguous and out.nbytes == (b - a) * row_bytes
-    view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
+    view, done = out.reshape(-1).view(np.uint8).data, 0
     with path.open("rb", buffering=0) as file:
         file.seek(start + a * row_bytes)
         while done < len(view):
@@ -97,7 +97,7 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, (shape, dtype)), tensor in zip(specs.items(), tensors, strict=True):
             assert tensor.shape == shape and tensor.dtype == dtype, name
-            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,0 +1,82 @@
+"""Everything a person sees of a run: progress, metrics, samples before and after, the report."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mud_puppy.config import Config
+from mud_puppy.run.metrics import open_metrics, read_metrics
+from mud_puppy.run.progress import Progress
+from mud_puppy.run.record import run_record
+from mud_puppy.run.report import write_report
+
+Answers = Sequence[tuple[Any, str]]
+
+
+class Recorder:
+    """Hears of every logged line of a run in `output`; the report is written when it ends.
+
+    first: the step that the run starts or goes on from. `latest` holds the newest value of each
+    metric.
+    """
+
+    def __init__(self, config: Config, output: Path, first: int, total: int) -> None:
+        self.latest: dict[str, float] = {}
+        self._output = output
+        self._run = run_record(output, config.to_dict())
+        resumed = first if config.resume and first > 0 else None
+        self._metrics = open_metrics(output, config.log_with, resumed, config.to_dict())
+        self._progress = Progress(total, first)
+        self._samples: dict[str, list[dict[str, str]]] = {}
+        if resumed is not None and (output / "samples.json").exists():
+            self._samples = json.loads((output / "samples.json").read_text())
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        self.latest |= values
+        self._metrics.write(step, values)
+        self._progress.update(step, values)
+
+    def samples(self, when: str, answers: Answers) -> None:
+        """`when`: "before" or "after"; answers: (prompt, reply) pairs."""
+        if not answers:
+            return
+        pairs = [{"prompt": _text(prompt), "reply": reply} for prompt, reply in answers]
+        self._samples[when] = pairs
+        (self._output / "samples.json").write_text(json.dumps(self._samples, indent=1) + "\n")
+        for pair in pairs:
+            self._progress.note(f"{when}: {pair['prompt']!r} -> {pair['reply']!r}")
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.close()
+        self._metrics.close()
+        rows = read_metrics(self._output / "metrics.jsonl")
+        write_report(self._output / "report.html", self._run, rows, self._both())
+
+    def _both(self) -> list[dict[str, str]]:
+        """Samples side by side: {"prompt", "before", "after"}; what is not there is empty."""
+        before, after = (self._samples.get(when, []) for when in ("before", "after"))
+        prompts = [pair["prompt"] for pair in before or after]
+        replies = [{p["prompt"]: p["reply"] for p in pairs} for pairs in (before, after)]
+        return [
+            {"prompt": p, "before": replies[0].get(p, ""), "after": replies[1].get(p, "")}
+            for p in prompts
+        ]
+
+
+def _text(prompt: Any) -> str:
+    """A prompt as one text: a list of messages loses its roles when there is only one."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

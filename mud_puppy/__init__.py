@@ -10,7 +10,11 @@ Names are imported when they are first used, so that `mud-puppy --help` does not
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# transformers is used for configs and tokenizers; it need not tell that PyTorch is absent.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 if TYPE_CHECKING:
     from mud_puppy import kernels, losses
@@ -60,7 +64,7 @@ _HOME = {
     "with_dropout": "weights",
 }
 _ROOMS = ("kernels", "losses")
-__all__ = [*_HOME, *_ROOMS]  # noqa: PLE0604
+__all__ = [*_HOME, *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ one definition gives the flag, its help and its check. Errors are one line and e
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,20 @@ def _run_train(argv: list[str]) -> None:
     check_output(config)
     from mud_puppy.train import train  # imports jax; errors above need not wait for it
 
-    train(config)
+    _show_log()
+    result = train(config)
+    print(f"{result.reason} at step {result.steps}: {result.output}", file=sys.stderr)
+
+
+def _show_log() -> None:
+    """What the rooms have to say goes to stderr, as plain lines."""
+    log = logging.getLogger("mud_puppy")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
 
 
 def _run_command(name: str, argv: list[str]) -> None:

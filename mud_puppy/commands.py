@@ -49,7 +49,7 @@ def run_preview(args: Preview) -> None:
     import mud_puppy as mp
     from mud_puppy.data import EncodeOptions, encode, preview_text, read_rows
 
-    rows = read_rows(args.dataset, args.on_bad_rows).rows
+    found = read_rows(args.dataset, args.on_bad_rows)
     tokenizer = mp.load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     options = EncodeOptions(
         chat_template=args.chat_template,
@@ -58,9 +58,13 @@ def run_preview(args: Preview) -> None:
         max_seq_length=args.max_seq_length,
         on_bad_rows=args.on_bad_rows,
     )
-    data = encode(rows[: args.n], tokenizer, options)
+    data = encode(found.rows[: args.n], tokenizer, options)
     print(preview_text(data.examples, tokenizer, args.n, color=sys.stdout.isatty()))
-    print(f"{len(rows)} rows in {args.dataset}", *data.report.lines(), sep="\n")
+    print(f"{len(found)} rows in {args.dataset}", *data.report.lines(), sep="\n")
+    if found.bad.count:
+        print(f"{found.bad.count} bad rows left out", *found.bad.messages, sep="\n")
+    if found.unused_columns:
+        print("columns not used:", ", ".join(found.unused_columns))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The one error a user sees: what is wrong, where, and what to do, in one line.
 
-The command line prints a `UserError` and exits with 2; anything else is a bug and keeps its traceback.
+The command line prints a `UserError` and exits with 2; anything else is a bug and keeps
+its traceback.
 """
 
 import difflib

@@ -4,6 +4,7 @@ Tensors go to disk one at a time, each gathered from its shards, merged and roun
 """
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from mud_puppy.config import DTYPES, Config
 from mud_puppy.errors import UserError
 from mud_puppy.model.files import find_model
 from mud_puppy.model.load import check_dtype, load
 from mud_puppy.model.module import Model
 from mud_puppy.model.names import flatten, hf_names
 from mud_puppy.model.save import Spec, write_configs, write_tokenizer, write_weights
-from mud_puppy.weights import Lora, base_of, dense, is_weight
-from mud_puppy.weights.adapter import load_adapter
+from mud_puppy.model.tokenizer import load_tokenizer
+from mud_puppy.parallel import make_mesh
+from mud_puppy.run.checkpoint import Checkpoints
+from mud_puppy.run.prepare import load_params, prepare
+from mud_puppy.weights import Lora, base_of, dense, is_weight, load_adapter, save_adapter
 
 Tree = Any
 
@@ -89,6 +94,54 @@ def merge_adapter(
     check_dtype(dtype)
     model, params = load(model_source, dtype=None)
     save_merged(model, load_adapter(params, adapter_dir), output, dtype)
+
+
+def export_run(
+    run: str | Path, output: str | Path, step: int | None = None, merge: bool = False
+) -> None:
+    """A run's checkpoint as other programs load it: model, adapter, or (merge) the merged model.
+
+    run: the run's output folder, or one `checkpoint-N` in it; step: of which checkpoint, None for
+    the newest. The base model is read again from where the run had it.
+    """
+    folder, step = _checkpoint(Path(run).expanduser(), step)
+    config = Config.load(folder / "config.yaml")
+    if merge and config.method == "full":
+        raise UserError(f"{folder}: a run of method full has no adapter to merge")
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        model, params = load_params(config, mesh)
+        # The length of the run decides the learning rate alone, which nothing here asks for.
+        prepared = prepare(config, model, params, mesh, total_steps=1)
+        state = Checkpoints(folder).restore(prepared.state, step).state
+        tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        if merge:
+            dtype = DTYPES[config.merge_precision]
+            save_merged(model, prepared.params(state), output, dtype, tokenizer)
+        else:
+            write_result(config, Path(output), model, prepared.params(state), tokenizer)
+
+
+def write_result(config: Config, out: Path, model: Model, params: Tree, tokenizer: Any) -> None:
+    """What a run leaves in `out`: a model or an adapter, with the tokenizer."""
+    if config.method == "full":
+        save_hf(model, params, out, DTYPES[config.precision], tokenizer)
+        return
+    save_adapter(model, params, out)
+    tokenizer.save_pretrained(out)
+
+
+def _checkpoint(run: Path, step: int | None) -> tuple[Path, int | None]:
+    """(the run's folder, the step asked for)"""
+    named = re.fullmatch(r"checkpoint-(\d+)", run.name)
+    folder = run.parent if named else run
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no run is here (there is no config.yaml)")
+    if named and step is not None and step != int(named[1]):
+        raise UserError(
+            f"{run} is step {named[1]}, but step {step} was asked for; give one of them"
+        )
+    return folder, int(named[1]) if named else step
 
 
 def _spec(leaf: Any, layer: int | None, dtype: str | None) -> Spec:

@@ -12,13 +12,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 
 from mud_puppy.config import DTYPES, Config, check_output
 from mud_puppy.data import prefetch
-from mud_puppy.export import save_hf, save_merged
+from mud_puppy.export import save_merged, write_result
 from mud_puppy.model import Model, load_tokenizer
 from mud_puppy.parallel import batch_devices, make_mesh
 from mud_puppy.run.checkpoint import Checkpoints
@@ -27,7 +28,6 @@ from mud_puppy.run.loop import Course, Plan, fit
 from mud_puppy.run.prepare import Prepared, load_params, prepare
 from mud_puppy.run.recorder import Recorder
 from mud_puppy.sampling import generate
-from mud_puppy.weights import save_adapter
 
 Tree = Any
 log = logging.getLogger("mud_puppy")
@@ -91,19 +91,12 @@ def _run(config: Config, output: Path, run: Prepared, data: RunData, tokenizer: 
             log.warning("stopped at step %d; go on with --resume", int(state.step))
             return _result(output, run, state, ended.reason, record)
         record.samples("after", _answers(config, run, state, tokenizer, data))
-        _write(config, output, run.model, run.params(state), tokenizer)
+        params = run.params(state)
+        write_result(config, output, run.model, params, tokenizer)
+        if config.merge_lora:
+            dtype = DTYPES[config.merge_precision]
+            save_merged(run.model, params, output / "merged", dtype, tokenizer)
         return _result(output, run, state, ended.reason, record)
-
-
-def _write(config: Config, output: Path, model: Model, params: Tree, tokenizer: Any) -> None:
-    """The result: a model or an adapter, with the tokenizer; the merged model when asked for."""
-    if config.method == "full":
-        save_hf(model, params, output, DTYPES[config.precision], tokenizer)
-        return
-    save_adapter(model, params, output)
-    tokenizer.save_pretrained(output)
-    if config.merge_lora:
-        save_merged(model, params, output / "merged", DTYPES[config.merge_precision], tokenizer)
 
 
 def _result(output: Path, run: Prepared, state: Any, reason: str, record: Recorder) -> Result:
@@ -171,6 +164,15 @@ def _clear(output: Path) -> None:
         else:
             path.unlink()
 
+
+class _Callable(ModuleType):
+    """`mud_puppy.train(config)` is the function also where this module was imported first."""
+
+    def __call__(self, source: Config | Mapping[str, Any] | str | os.PathLike) -> Result:
+        return train(source)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     from mud_puppy.cli import train_main

@@ -1,4 +1,4 @@
-"""One process-wide setting of JAX for all tests: CPU, eight simulated devices, a shared compile cache."""
+"""JAX for all tests: CPU, eight simulated devices, a shared compile cache."""
 
 import os
 import tempfile

@@ -7,8 +7,8 @@ import pytest
 import mud_puppy as mp
 
 DELIVERED = {
-    2: "Model load abstract add_lora load_adapter merge_lora strip_lora partition save_hf save_adapter "
-    "generate train Config kernels.token_logps kernels.flash_attention losses.sft",
+    2: "Model load abstract add_lora load_adapter merge_lora strip_lora partition save_hf "
+    "save_adapter generate train Config kernels.token_logps kernels.flash_attention losses.sft",
 }
 COMING = {
     3: "kernels.quantized_matmul kernels.qgemm kernels.fbgemm kernels.quantize_per_tensor "
@@ -64,4 +64,5 @@ def test_model_is_hashable_and_forward_takes_what_the_contract_says():
     assert list(fields)[:2] == ["arch", "skeleton"]
     parameters = list(inspect.signature(mp.Model.forward).parameters)
     assert parameters[1:] == ["params", "inputs", "cache", "run_layers"]
-    assert list(mp.Inputs.__dataclass_fields__) == "tokens positions segment_ids embeds embed_index".split()
+    fields = "tokens positions segment_ids embeds embed_index"
+    assert list(mp.Inputs.__dataclass_fields__) == fields.split()

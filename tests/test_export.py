@@ -287,9 +287,8 @@ def test_the_merged_model_is_base_plus_adapter(source: Path, adapter: Path, tmp_
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_sum_is_rounded_once(source: Path, adapter: Path, tmp_path: Path) -> None:
-    model, params = load(source, dtype="float32")
-    merged = tensors_of(tmp_path) if merge_adapter(source, adapter, tmp_path) else None
-    assert merged is None
+    _, params = load(source, dtype="float32")
+    merge_adapter(source, adapter, tmp_path)
     name = "model.layers.1.mlp.up_proj.weight"
     exact = merge_lora(load_adapter(params, adapter))["layers"][0][0]["mlp"]["up_proj"]["weight"]
     assert np.array_equal(tensors_of(tmp_path)[name], exact[1].astype(jnp.bfloat16))

@@ -7,6 +7,7 @@ merged/, report.html), summary.json.
 """
 
 import json
+import logging
 import random
 import statistics
 import time
@@ -35,6 +36,8 @@ Messages = list[dict[str, str]]
 
 def main() -> None:
     """Everything, in order."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("mud_puppy").setLevel(logging.INFO)
     started = time.monotonic()
     model_name = model_source(FOLDER / "model")
     chats = dialogues()

@@ -19,7 +19,7 @@ class Rope:
     """Rotary embedding: the angle of pair d at position p is `p * inv_freq[d]`.
 
     cos and sin are multiplied by `scale`. Every scaling kind but one is a table of frequencies;
-    `dynamic` (NTK) depends on the longest position of the batch: (theta, factor, original max
+    `dynamic` (NTK) depends on the longest position of its row: (theta, factor, original max
     positions).
     """
 

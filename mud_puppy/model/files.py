@@ -102,7 +102,10 @@ def open_tensors(folder: Path) -> dict[str, Stored]:
             "because they run code; if you trust the file, convert it with transformers: "
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
-    raise UserError(f"{folder}: no {SINGLE} and no {INDEX} here")
+    raise UserError(
+        f"{folder}: no {SINGLE} and no {INDEX} here (pickled weights are neither downloaded nor "
+        "opened)"
+    )
 
 
 def _open_shards(folder: Path) -> dict[str, Stored]:

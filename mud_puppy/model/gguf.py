@@ -13,7 +13,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-from transformers import PreTrainedConfig
 
 from mud_puppy.errors import UserError
 from mud_puppy.model.hf_config import to_config
@@ -36,8 +35,8 @@ _LAYER = {
 }
 
 
-def open_gguf(path: Path) -> tuple[PreTrainedConfig, dict[str, Stored]]:
-    """(config, tensors by HF name); rows are read in float32."""
+def open_gguf(path: Path) -> tuple[Any, dict[str, Stored]]:
+    """(transformers config, tensors by HF name); rows are read in float32."""
     reader = open_reader(path)
     config = to_config(_config(reader, path), str(path))
     tensors = {}

@@ -1,31 +1,37 @@
 """Hugging Face configs through transformers' own classes, which normalise old spellings.
 
-Only configs are parsed here; `families.read_config` turns them into an `Arch`.
+Only configs are parsed here; `families.read_config` turns them into an `Arch`. transformers is
+imported where it is used: its configs import torch when torch is installed, which takes seconds.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from transformers import AutoConfig, PreTrainedConfig
 
 from mud_puppy.errors import UserError
 from mud_puppy.model.families import FAMILIES
 from mud_puppy.model.files import read_json
 
 
-def read_config_file(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+def read_config_file(folder: Path, trust_remote_code: bool = False) -> Any:
     """The config of a model folder. Its own Python runs only with `trust_remote_code`."""
+    from transformers import AutoConfig
+
     path = folder / "config.json"
+    if not path.exists() and (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder}: a PEFT adapter, not a model: load its base model, then this")
     fields = read_json(path)
     if not trust_remote_code:
         return to_config(fields, str(path))
     return _parsed(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=True), str(path))
 
 
-def to_config(config: PreTrainedConfig | dict[str, Any], where: str = "config") -> PreTrainedConfig:
-    """A config from the fields of a config.json; a config object is returned as it is."""
-    if isinstance(config, PreTrainedConfig):
+def to_config(config: Any, where: str = "config") -> Any:
+    """A transformers config from the fields of a config.json; a config is returned as it is."""
+    if not isinstance(config, dict):
         return config
+    from transformers import AutoConfig
+
     fields = dict(config)
     model_type = fields.pop("model_type", None)
     if model_type not in FAMILIES:
@@ -36,7 +42,7 @@ def to_config(config: PreTrainedConfig | dict[str, Any], where: str = "config") 
     return _parsed(lambda: type(AutoConfig.for_model(model_type)).from_dict(fields), where)
 
 
-def _parsed(parse: Any, where: str) -> PreTrainedConfig:
+def _parsed(parse: Callable[[], Any], where: str) -> Any:
     try:
         return parse()
     except Exception as error:  # transformers raises whatever its checks find

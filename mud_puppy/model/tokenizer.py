@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mud_puppy.errors import UserError
 from mud_puppy.model.files import find_model
 from mud_puppy.model.gguf import metadata, open_reader
 
 
-def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, GGUF file or hub id.
+def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
+    """The (transformers) tokenizer of a model folder, GGUF file or hub id.
 
     trust_remote_code lets the repository's own Python build it. UserError when there is none.
     """
     path = find_model(source, weights=False, code=trust_remote_code)
     if path.is_file():
         return gguf_tokenizer(path)
+    # Here, not above: transformers' Auto classes import torch when it is installed.
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever a broken folder leads it to
@@ -31,8 +33,10 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
         raise UserError(f"{path}: the tokenizer does not load: {line}") from None
 
 
-def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+def gguf_tokenizer(path: Path) -> Any:
     """A byte-level BPE tokenizer from a GGUF file's `tokenizer.ggml.*` entries."""
+    from transformers import PreTrainedTokenizerFast
+
     reader = open_reader(path)
     model = metadata(reader, "tokenizer.ggml.model")
     pre = metadata(reader, "tokenizer.ggml.pre", "gpt-2")

@@ -129,5 +129,3 @@ def batch_devices(mesh: Mesh) -> int:
 @cache
 def _say_once(message: str) -> None:
     log.warning("sharding: %s; it is copied to each", message)
-
-

@@ -88,8 +88,8 @@ def truncate(logits: Float[Array, "B V"], top_k: Any, top_p: Any) -> Float[Array
     """-inf for all but the `top_k` largest, then all but the fewest whose mass reaches `top_p`.
 
     A token stays while the count, or the mass, of those above it is below the bound. The lowest
-    place where that holds is found by bisection: sorting a vocabulary of 49,152 for 8 rows takes
-    100 ms on 2 CPU cores, as long as the model itself.
+    place where that holds is found by bisection: on 2 CPU cores, 8 rows of 49,152, that is 19 ms
+    and sorting 150, more than a small model's whole step.
     """
     few = jnp.where(top_k > 0, top_k, jnp.inf)
     logits = _above(logits, jnp.ones_like(logits), few)

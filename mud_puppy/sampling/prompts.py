@@ -12,6 +12,7 @@ from typing import Any
 from mud_puppy.data.template import SENTINEL, Template, template_of
 from mud_puppy.errors import UserError
 from mud_puppy.model.arch import Arch
+from mud_puppy.model.files import find_model, looks_local, read_json
 from mud_puppy.model.module import Model
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -86,13 +87,13 @@ def eos_ids(model: Model, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _generation_config(model: Model) -> dict[str, Any]:
-    path = Path(model.source or "") / "generation_config.json"
-    if not path.is_file():
+    if model.source is None:
         return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error}); repair or delete it") from None
+    folder = Path(model.source).expanduser()
+    if not folder.exists() and not looks_local(model.source):
+        folder = find_model(model.source, weights=False)  # a hub id: the copy it was loaded from
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:

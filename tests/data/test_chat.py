@@ -168,6 +168,18 @@ def test_phi3_tokens_that_swallow_the_line_break(make, kind):
     assert got == ["How are you?<|end|>", "It is four.<|end|></s>"]
 
 
+def test_marks_have_the_last_word_on_where_a_turn_begins(make):
+    tokenizer = make("marks")
+    header = "{{- '<|im_start|>assistant\\n' }}\n{%- generation"
+    marked = tokenizer.chat_template.replace(header, header.replace("\\n'", "\\n>>\\n'"))
+    tokenizer.chat_template = marked
+    assert trained(tokenizer, CHAT) == ["How are you?<|im_end|>", "It is four.<|im_end|>"]
+    tokenizer.chat_template = marked.replace("{%- generation %}", "").replace(
+        "{%- endgeneration %}", ""
+    )
+    assert trained(tokenizer, CHAT) == [">>\nHow are you?<|im_end|>", ">>\nIt is four.<|im_end|>"]
+
+
 def test_a_space_after_the_end_of_turn_is_not_trained(make):
     tokenizer = make("chatml_no_prompt")
     tokenizer.chat_template = tokenizer.chat_template.replace(

@@ -324,7 +324,10 @@ def test_refuses_bad_calls():
         f(q, k, v, kv_segment_ids=segments(2, 40))
 
 
-# cuDNN without the card: what it declines, what it is asked for, and how packed rows are laid out.
+# cuDNN without the card: what it declines, what it is asked for, and which call segments take.
+
+# Forward and backward, each plain and with the mask (which JAX calls a scale bias).
+BOTH = ["", "Backward", "ScaleBias", "ScaleBiasBackward"]
 
 
 @pytest.fixture
@@ -352,97 +355,67 @@ def test_cudnn_declines_by_name(hopper, monkeypatch):
     assert "diagonal" in reason({"S": 50})
     assert "log-sum-exp" in reason(return_lse=True)
     assert "different segment ids" in reason(ids=ids, kv_ids=ids + 1)
-    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
-    assert "misplaces packed keys" in reason({"K": 2}, ids=ids)
-    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 90500)
-    assert "cuDNN 9.6" in reason(ids=ids) and reason() is None
+    monkeypatch.setattr(cudnn, "MASK_BYTES", 2 * 40 * 40 * 2 - 1)
+    assert "mask" in reason(ids=ids) and reason() is None
 
 
 @pytest.mark.parametrize(
-    ("options", "asked"),
+    ("options", "asked", "calls"),
     [
-        ({}, ("CAUSAL", 0, 1)),
-        ({"causal": False}, ("NO_MASK", 0, 1)),
-        ({"window": 7}, ("CAUSAL", 7, 1)),
-        ({"window": 40}, ("CAUSAL", 0, 1)),
-        ({"segment_ids": segments(2, 40)}, ("PADDING_CAUSAL", 0, 16)),
-        ({"segment_ids": segments(2, 40), "window": 7}, ("PADDING_CAUSAL", 7, 16)),
-        ({"segment_ids": segments(2, 40), "causal": False}, ("PADDING", 0, 16)),
+        ({}, ("CAUSAL", 0), ["", "Backward"]),
+        ({"causal": False}, ("NO_MASK", 0), ["", "Backward"]),
+        ({"window": 7}, ("CAUSAL", 7), ["", "Backward"]),
+        ({"window": 40}, ("CAUSAL", 0), ["", "Backward"]),
+        ({"segment_ids": segments(2, 40)}, ("CAUSAL", 0), BOTH),
+        ({"segment_ids": segments(2, 40), "window": 7}, ("CAUSAL", 7), BOTH),
+        ({"segment_ids": segments(2, 40), "causal": False}, ("NO_MASK", 0), BOTH),
     ],
 )
-def test_cudnn_is_asked_for_the_right_mask(hopper, options, asked):
-    args, _ = inputs(K=4, dtype=jnp.bfloat16)
+def test_cudnn_is_asked_for_the_right_mask(hopper, options, asked, calls):
+    args, _ = inputs(K=2, dtype=jnp.bfloat16)
 
     def loss(*args):
         return flash_attention(*args, implementation="cudnn", **options).astype(jnp.float32).sum()
 
     traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*args)
     text = traced.lower(lowering_platforms=("cuda",)).as_text().replace("\\22", '"')
-    assert re.findall(r"@__cudnn\$(\w+)", text) == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+    found = re.findall(r"@__cudnn\$fmha(\w*)Softmax(\w*)", text)
+    assert sorted(bias + backward for bias, backward in found) == calls
     masks = re.findall(r'"mask_type": "(\w+)"', text)
     windows = re.findall(r'"sliding_window_length": (\d+)', text)
-    most = re.findall(r'"max_seg_per_batch": (\d+)', text)
-    assert [masks, windows, most] == [[str(x)] * 2 for x in asked]
+    assert [set(masks), set(windows)] == [{str(x)} for x in asked]
 
 
-def test_packed_layout_covers_every_token():
-    ids = jnp.asarray(
-        [[1] * 20 + [2] * 11 + [0] * 9, [0] * 3 + [1] * 36 + [2], [7] * 40], jnp.int32
-    )
-    starts, lengths = (np.asarray(x) for x in cudnn._layout(ids))
-    assert starts.shape == (3, 17) and lengths.shape == (3, 16)
-    assert [row[row >= 0].tolist() for row in starts] == [[0, 20, 31], [0, 3, 39], [0]]
-    assert [row[row >= 0].tolist() for row in lengths] == [[20, 11, 9], [3, 36, 1], [40]]
-    assert (starts[0, 3:] == -1).all() and (lengths[0, 3:] == -1).all()
-
-
-def test_only_rows_that_fit_go_to_cudnn():
-    ascending = 1 + jnp.arange(40)[None] // 4  # 10 segments of at most 16
-    assert cudnn._fits(ascending)
-    assert cudnn._fits(jnp.where(ascending == 10, 0, ascending))  # padding after
-    assert not cudnn._fits(jnp.arange(40)[None] // 2)  # 20 segments
-    assert not cudnn._fits(jnp.where(ascending == 5, 2, ascending))  # segment 2 comes back
-    assert cudnn.max_segments(2048) == 64
-
-
-def fake_forward(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type, **rest):
-    """What cuDNN computes from starts and lengths, by way of the reference."""
-    del kv_seqlen, kv_offsets
-    at = jnp.arange(q.shape[1])[:, None]
-    inside = (at >= q_offsets[:, None, :-1]) & (at < (q_offsets[:, :-1] + q_seqlen)[:, None])
-    ids = jnp.argmax(inside & (q_seqlen > 0)[:, None], axis=-1)
-    window = rest["sliding_window_length"]
-    causal = mask_type == cudnn.fused.MaskType.PADDING_CAUSAL
+def fake_forward(q, k, v, *, mask, scale, mask_type, **rest):
+    """What cuDNN computes, by way of the reference; a mask stands for segment ids."""
+    ids = None if mask is None else jnp.argmax(mask[:, 0], axis=-1)
+    window, causal = rest["sliding_window_length"], mask_type == cudnn.fused.MaskType.CAUSAL
     out, _ = reference.attention(q, k, v, ids, ids, causal=causal, window=window, scale=scale)
     B, T, H, _ = q.shape
-    return out, jnp.full((B * q_seqlen.shape[1], H, T), 7.0)
+    return out, jnp.full((B, H, T), 7.0)
 
 
 def fake_backward(scale, seed, dropout, variadic, mask_type, layout, window, version, res, *last):
-    del seed, dropout, variadic, layout, version, res
-    (q, k, v, _, lengths, _, starts, _, _, _, stats, _), d_out = last
-
-    packed = {"q_seqlen": lengths, "kv_seqlen": lengths, "q_offsets": starts, "kv_offsets": starts}
+    del seed, dropout, layout, version, res
+    (q, k, v, bias, *_, stats, _), d_out = last
+    assert variadic == (bias.size > 0, False)
     options = {"scale": scale, "mask_type": mask_type, "sliding_window_length": window}
 
     def f(q, k, v):
-        return fake_forward(q, k, v, **packed, **options)[0]
+        return fake_forward(q, k, v, mask=bias == 0 if bias.size else None, **options)[0]
 
     grads = jax.vjp(f, q, k, v)[1](d_out)
     # NaN if the statistics are not those of the forward pass.
     return *(g * jnp.where(stats.min() == 7, 1, jnp.nan).astype(g.dtype) for g in grads), None
 
 
-@pytest.mark.parametrize("kind", ["fits", "too many", "unordered"])
-def test_packed_rows_through_cudnn_or_past_it(hopper, monkeypatch, kind):
+@pytest.mark.parametrize("kind", ["packed", "alone", "unordered"])
+def test_segments_through_cudnn(hopper, monkeypatch, kind):
     monkeypatch.setattr(cudnn.fused, "dot_product_attention", fake_forward)
     monkeypatch.setattr(cudnn.fused, "_dot_product_attention_bwd_rule", fake_backward)
     args, cotangents = inputs(K=4, dtype=jnp.bfloat16)
     ids = segments(2, 40)
-    if kind == "too many":
-        ids = jnp.broadcast_to(jnp.arange(40) // 2, (2, 40))
-    if kind == "unordered":
-        ids = jnp.where(ids == 3, 1, ids)
+    ids = {"packed": ids, "alone": ids * 0 + 5, "unordered": jnp.where(ids == 3, 1, ids)}[kind]
 
     def f(*args):
         return (flash_attention(*args, segment_ids=ids, implementation="cudnn"),)
@@ -451,5 +424,6 @@ def test_packed_rows_through_cudnn_or_past_it(hopper, monkeypatch, kind):
     zero_lse = cotangents[0], jnp.zeros_like(cotangents[1])
     want = reference_results(args, zero_lse, segment_ids=ids)
     assert max(differences(got, [want[0], *want[2:]])) < tolerance(jnp.bfloat16, 40)
-    wrong = reference_results(args, zero_lse)
+    other = segments(2, 40) if kind == "alone" else None
+    wrong = reference_results(args, zero_lse, segment_ids=other)
     assert min(differences(got, [wrong[0], *wrong[2:]])) > tolerance(jnp.bfloat16, 40)

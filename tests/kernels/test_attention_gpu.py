@@ -101,13 +101,8 @@ def test_packed_window(wrong):
     check(inputs(), options, {**options, "window": wrong})
 
 
-def test_packed_at_the_bound_and_past_it():
-    most = cudnn.max_segments(512)
-    full = packed(512, [32] * most, [512 - 2 * (most - 1)] + [2] * (most - 1))
-    past = packed(512, [8] * 64, [512])
-    assert cudnn._fits(full) and not cudnn._fits(past)
-    check(inputs(), {"segment_ids": full}, {})
-    check(inputs(), {"segment_ids": past}, {})
+def test_one_segment_a_row_needs_no_mask():
+    check(inputs(), {"segment_ids": packed(512, [512], [512])}, {"causal": False})
 
 
 def test_packed_under_scan_and_remat():

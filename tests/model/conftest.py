@@ -27,7 +27,7 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (2, 24), dtype=np.int32)
 
 
 def make_torch(family: str, **fields: Any) -> Any:
-    """A model whose every number matters: norms are not one, biases not zero, attention not flat."""
+    """A model whose every number matters: norms not one, biases not zero, attention not flat."""
     torch = pytest.importorskip("torch")
     import transformers
 

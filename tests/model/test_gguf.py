@@ -64,7 +64,8 @@ def write(path: Path, folder: Path, arch: str = "llama", **fields: Any) -> Path:
             add(f"{arch}.{key}", value)
     for leaf, names in hf_names(model.arch, params).items():
         stack = np.asarray(flatten(params)[leaf])
-        for name, w in zip(names, stack if leaf.startswith("layers/") else stack[None]):
+        tensors = stack if leaf.startswith("layers/") else stack[None]
+        for name, w in zip(names, tensors, strict=True):
             heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
             w = permuted(w, heads) if heads and arch == "llama" else w
             writer.add_tensor(gguf_name(name), np.ascontiguousarray(w))
@@ -76,7 +77,8 @@ def write(path: Path, folder: Path, arch: str = "llama", **fields: Any) -> Path:
 
 
 def same(a: Any, b: Any) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
 
 
 def test_a_gguf_of_a_llama_is_the_llama(llama: Path, tmp_path: Path) -> None:
@@ -132,9 +134,9 @@ def test_another_architecture_is_refused(llama: Path, tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UserError, match="architecture 'bert' is not read.*qwen3"):
+    with pytest.raises(UserError, match=r"architecture 'bert' is not read.*qwen3"):
         load(path)
-    with pytest.raises(UserError, match="its tokenizer .* is not read"):
+    with pytest.raises(UserError, match=r"its tokenizer .* is not read"):
         load_tokenizer(path)
 
 
@@ -146,7 +148,8 @@ TEXTS = [
     "Hello world, it's me; don't you'll we've I'M",
     "in 2020 there were 12,345.67 things, 3.14% of a1b2",
     "  leading   spaces\n\n\tand tabs \r\n and \u00a0 others\u200b\u3000",
-    "h\u00e9llo w\u00f6rld \u4f60\u597d \U0001f916 \U0001f469\u200d\U0001f467 \u0645\u0631\u062d\u0628\u0627",
+    "h\u00e9llo w\u00f6rld \u4f60\u597d \U0001f916 \U0001f469\u200d\U0001f467",
+    "\u0645\u0631\u062d\u0628\u0627 \u0434\u043e\u0431\u0440\u044b\u0439",
     "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>x <|im_end|><repo_name>",
     "def f(x):\n    return x**2  # comment\n\n\nf(3)!=[9]\n",
     "\x00\x07 control \ufeff and \ufffd",

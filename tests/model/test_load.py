@@ -194,6 +194,10 @@ BAD = {
     "not safetensors": (scramble, r"model\.safetensors: not a whole safetensors file"),
     "pickle only": (pickle_only, r"pytorch_model\.bin.*never opened.*save_pretrained"),
     "no weights": (remove("model.safetensors"), r"no model\.safetensors"),
+    "an adapter": (
+        lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+        "a PEFT adapter, not a model",
+    ),
     "no config": (remove("config.json"), r"config\.json: no such file"),
     "config not JSON": (write("config.json", "{oops"), r"config\.json: not readable as JSON"),
     "config a list": (write("config.json", "[]"), r"config\.json: expected a JSON object"),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
+import torch
 
 from mud_puppy.run.optimizer import make_optimizer
 from mud_puppy.run.schedule import schedule
@@ -28,9 +28,9 @@ def test_norms_and_biases_do_not_decay():
 
 
 def test_adamw_is_torchs():
-    torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
-    w, gs = rng.normal(size=(4, 3)).astype(np.float32), rng.normal(size=(5, 4, 3)).astype(np.float32)
+    w = rng.normal(size=(4, 3)).astype(np.float32)
+    gs = rng.normal(size=(5, 4, 3)).astype(np.float32)
     p = torch.nn.Parameter(torch.tensor(w))
     theirs = torch.optim.AdamW([p], lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
     ours = {"weight": jnp.asarray(w)}

@@ -55,9 +55,9 @@ def test_eight_devices_train_as_one(tiny, random_batch, alone, spec):
         np.testing.assert_allclose(a, b, atol=1e-5)
     if "fsdp" in spec:
         parts = [x for x in jax.tree.leaves(state.train) if not x.sharding.is_fully_replicated]
-        assert parts and all(
-            x.addressable_shards[0].data.size < x.size for x in parts
-        ), "nothing is split"
+        assert parts and all(x.addressable_shards[0].data.size < x.size for x in parts), (
+            "nothing is split"
+        )
 
 
 def test_another_batch_trains_otherwise(tiny, random_batch, alone):

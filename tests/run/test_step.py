@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 
 from mud_puppy.model import scan_layers
 from mud_puppy.run.methods import SFT
@@ -117,20 +118,19 @@ def test_remat_policies_change_nothing(tiny, random_batch, remat):
 
 
 def test_clipping_is_torchs(tiny, random_batch):
-    import torch
-
     model, params = tiny
     batch = random_batch(6, 1, 2)
     free, seen = run(model, params, [batch], clip=None)
     clipped, _ = run(model, params, [batch], clip=0.1)
-    moves = [np.asarray(x - y) for x, y in zip(*map(jax.tree.leaves, (free.train, params)))]
+    moves = jax.tree.leaves(jax.tree.map(lambda x, y: np.asarray(x - y), free.train, params))
     tensors = [torch.nn.Parameter(torch.zeros(m.shape)) for m in moves]
     for t, m in zip(tensors, moves, strict=True):
         t.grad = torch.tensor(m / -1e-2)
     norm = torch.nn.utils.clip_grad_norm_(tensors, 0.1)
     assert float(seen[0]["grad_norm"][0]) == pytest.approx(float(norm), rel=1e-4)
-    for t, x, y in zip(tensors, jax.tree.leaves(clipped.train), jax.tree.leaves(params)):
-        np.testing.assert_allclose(np.asarray(x - y) / -1e-2, t.grad.numpy(), atol=2e-5)
+    after = jax.tree.leaves(jax.tree.map(lambda x, y: np.asarray(x - y), clipped.train, params))
+    for t, move in zip(tensors, after, strict=True):
+        np.testing.assert_allclose(move / -1e-2, t.grad.numpy(), atol=2e-5)
 
 
 def test_fp16_skips_an_overflow_and_halves_the_scale(tiny, random_batch):

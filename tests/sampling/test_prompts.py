@@ -1,13 +1,16 @@
 """Prompts to tokens, and the ids that end a reply."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 
 from mud_puppy.errors import UserError
 from mud_puppy.sampling import context_length, eos_ids, generate_tokens, tokenize
+from mud_puppy.sampling import prompts as prompts_module
 from mud_puppy.sampling.batches import batches, bucket
 
 RENDERED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -74,6 +77,28 @@ def test_eos_ids_of_every_source(pair, tokenizer, plain_tokenizer, tmp_path):
     path.write_text("{")
     with pytest.raises(UserError, match=r"generation_config\.json"):
         eos_ids(saved, plain_tokenizer)
+
+
+def test_a_hub_id_is_resolved_for_its_generation_config(
+    pair, plain_tokenizer, tmp_path, monkeypatch
+):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    monkeypatch.setattr(prompts_module, "find_model", lambda source, weights: tmp_path)
+    model = pair("llama").model
+    assert eos_ids(replace(model, source="org/name"), plain_tokenizer) == (9, 256)
+    gone = replace(model, source=str(tmp_path / "gone"))
+    assert eos_ids(gone, plain_tokenizer) == (256,)
+
+
+def test_a_text_to_continue_does_not_end(plain_tokenizer):
+    """Some tokenizers put an EOS behind every text; the model would have nothing to add."""
+    ending = copy.deepcopy(plain_tokenizer)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 256)]
+    )
+    assert ending("hi")["input_ids"][-1] == 256
+    assert tokenize(ending, ["hi"]) == tokenize(plain_tokenizer, ["hi"])
+    assert tokenize(plain_tokenizer, ["hi<|endoftext|>"])[0][-1] == 256
 
 
 def test_prompts_that_do_not_fit_the_model(pair):

@@ -38,7 +38,7 @@ def base(tmp_path_factory: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def peft_logits(base: Path) -> Callable[..., np.ndarray]:
-    """peft_logits(folder, ...): float32 logits of the base with these adapters on top of another."""
+    """peft_logits(folder, ...): float32 logits of the base with these adapters merged in."""
 
     def run(*folders: Path) -> np.ndarray:
         import torch

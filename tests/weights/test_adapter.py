@@ -1,4 +1,4 @@
-"""PEFT folders both ways: theirs gives our logits, ours gives theirs; what is not ours is refused."""
+"""PEFT folders both ways: theirs gives our logits, ours gives theirs; the rest is refused."""
 
 import dataclasses
 import json
@@ -284,7 +284,7 @@ def test_an_adapter_for_a_tied_head_is_refused(base: Path, make_adapter: Any) ->
     folder, _ = make_adapter(target_modules=["lm_head"])
     _, params = load(base)
     tied = {name: leaf for name, leaf in params.items() if name != "head"}
-    with pytest.raises(UserError, match="'lm_head'.*tied to the embedding"):
+    with pytest.raises(UserError, match=r"'lm_head'.*tied to the embedding"):
         load_adapter(tied, folder)
 
 

@@ -121,9 +121,9 @@ def test_unknown_targets_are_refused(targets: Any, message: str) -> None:
 
 def test_tied_heads_are_refused_by_name() -> None:
     params = make_params(head=False)
-    with pytest.raises(UserError, match="'lm_head'.*tied"):
+    with pytest.raises(UserError, match=r"'lm_head'.*tied"):
         add_lora(params, targets="lm_head", key=KEY)
-    with pytest.raises(UserError, match="'embed_tokens'.*tied"):
+    with pytest.raises(UserError, match=r"'embed_tokens'.*tied"):
         add_lora(params, targets="embed_tokens", key=KEY)
     with pytest.raises(UserError, match="rank must be at least 1"):
         add_lora(params, rank=0, key=KEY)

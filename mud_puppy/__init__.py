@@ -64,7 +64,7 @@ _HOME = {
     "with_dropout": "weights",
 }
 _ROOMS = ("kernels", "losses")
-__all__ = [*_HOME, *_ROOMS]
+__all__ = [*_HOME, *_ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

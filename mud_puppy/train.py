@@ -53,6 +53,7 @@ def train(source: Config | Mapping[str, Any] | str | os.PathLike) -> Result:
     """Runs a config (a Config, a dict, or a YAML path); everything is written to its `output`."""
     config = Config.load(source)
     output = check_output(config)
+    _keep_compilations()
     mesh = make_mesh(config.mesh)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     data = load_data(config, tokenizer, batch_devices(mesh))
@@ -136,6 +137,13 @@ def _answers(
         run.model, run.params(state), tokenizer, data.prompts, config.sample_max_new_tokens
     )
     return list(zip(data.prompts, texts, strict=True))
+
+
+def _keep_compilations() -> None:
+    """The next run of the same shapes starts without compiling; JAX_COMPILATION_CACHE_DIR wins."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "mud_puppy" / "xla"))
 
 
 # What a run writes. --overwrite removes this and nothing else that lies in the folder.

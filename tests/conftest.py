@@ -13,3 +13,69 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+
+import pytest
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QUESTIONS = "red blue green one two three cat dog sun moon tea milk salt rice".split()
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    """Folder of a tiny random llama (2 layers of 32) with a byte-level ChatML tokenizer."""
+    import jax
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    import mud_puppy as mp
+    from mud_puppy.model import init
+    from mud_puppy.model.families import read_config
+    from mud_puppy.model.module import build
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+    )
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(fast),
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        eos_token_id=fast.eos_token_id,
+        bos_token_id=None,
+    )
+    arch = read_config(config)
+    folder = tmp_path_factory.mktemp("chat_model")
+    model, params = build(arch)[0], init(arch, jax.random.key(0))
+    mp.save_hf(model, params, folder, dtype="float32", tokenizer=fast)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """JSONL file of 64 chats in which the answer repeats the question's word."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    words = [QUESTIONS[i % len(QUESTIONS)] for i in range(64)]
+    rows = [
+        [{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": f"{w} {w}"}]
+        for w in words
+    ]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return path

@@ -9,6 +9,7 @@ import argparse
 import statistics
 import time
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,8 @@ from mud_puppy.parallel import make_mesh, shardings
 from mud_puppy.run.prepare import prepare
 from mud_puppy.weights import add_lora
 
-SHAPES = {
+ROPE = {"rope_type": "default", "rope_theta": 5e5}
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": dict(
         hidden_size=2048,
         intermediate_size=8192,
@@ -90,7 +92,7 @@ def main() -> None:
             gradient_checkpointing=args.remat,
         )
     )
-    arch = read_config(LlamaConfig(rms_norm_eps=1e-5, rope_theta=5e5, **SHAPES[args.shape]))
+    arch = read_config(LlamaConfig(rms_norm_eps=1e-5, rope_parameters=ROPE, **SHAPES[args.shape]))
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         model = replace(build(arch)[0], dtype=DTYPES[args.precision])
@@ -104,6 +106,7 @@ def main() -> None:
         rng = np.random.default_rng(0)
         batch = batch_of(rng, args.batch_size, args.length, arch.vocab_size, args.segment)
         plan = run.lower(batch).compile().memory_analysis()
+        assert plan is not None
         state, start = run.state, time.perf_counter()
         state, metrics = jax.block_until_ready(run.step(state, batch))
         compile_s, times = time.perf_counter() - start, []

@@ -110,7 +110,7 @@ def _prompts(config: Config, rows: list[Row]) -> list[Prompt]:
     if not isinstance(config.sample_prompts, int):
         return list(config.sample_prompts)
     asked = (_question(row) for row in rows if isinstance(row, Chat))
-    found = [question for question in asked if question]
+    found: list[Prompt] = [question for question in asked if question]
     return found[: config.sample_prompts]
 
 

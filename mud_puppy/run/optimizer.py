@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from mud_puppy.run.schedule import Schedule
 
 Tree = Any
 
 
 def make_optimizer(
     name: str,
-    rate: Schedule,
+    rate: optax.Schedule,
     train: Tree,
     *,
     weight_decay: float = 0.0,

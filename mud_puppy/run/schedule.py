@@ -5,18 +5,18 @@ rate 0, as in transformers). Traced inside the step: no Python state.
 """
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array
 
-Schedule = Callable[[Array | int], Array]
 POLYNOMIAL_END = 1e-7
 
 
 def schedule(
     name: str, peak: float, total: int, warmup: int, restarts: int = 1, power: float = 1.0
-) -> Schedule:
+) -> optax.Schedule:
     """name: linear, cosine, cosine_with_restarts, polynomial or constant; `total` updates."""
     decays = {
         "linear": lambda t: 1 - t,
@@ -29,7 +29,7 @@ def schedule(
     }
     decay = decays[name]
 
-    def rate(step: Array | int) -> Array:
+    def rate(step: Any) -> Array:
         s = jnp.asarray(step, jnp.float32)
         t = jnp.clip((s - warmup) / max(1, total - warmup), 0.0, 1.0)
         # At the very end a restart would begin; transformers says 0.

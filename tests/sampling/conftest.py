@@ -1,5 +1,7 @@
-"""Tiny random models in the Hugging Face format, and a byte tokenizer with a chat template."""
+"""Tiny random models, and a byte tokenizer with a chat template. Nothing here needs torch."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,14 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
-from mud_puppy.model.load import load
-from mud_puppy.model.module import Model
-
-torch.set_num_threads(1)  # of no use to models of this size
+from mud_puppy.model.families import read_config
+from mud_puppy.model.module import Model, build, init
 
 SIZES = {
     "vocab_size": 300,
@@ -43,10 +42,7 @@ CONFIGS = {
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The same weights in torch and here."""
-
-    torch: Any
+class Tiny:
     model: Model
     params: Any
 
@@ -60,19 +56,21 @@ class Pair:
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory):
-    made: dict[str, Pair] = {}
+def tiny_model() -> Callable[[str], Tiny]:
+    """tiny_model(name in CONFIGS), each made once."""
+    return functools.cache(make)
 
-    def get(family: str) -> Pair:
-        if family not in made:
-            torch.manual_seed(0)
-            reference = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
-            folder = str(tmp_path_factory.mktemp(family))
-            reference.save_pretrained(folder)
-            made[family] = Pair(reference, *load(folder, dtype="float32"))
-        return made[family]
 
-    return get
+def make(family: str) -> Tiny:
+    """Every number matters: norms are not one, biases not zero."""
+    arch = read_config(CONFIGS[family])
+    leaves, tree = jax.tree.flatten(init(arch, jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return Tiny(build(arch)[0], jax.tree.unflatten(tree, noisy))
 
 
 @pytest.fixture(scope="session")

@@ -31,8 +31,8 @@ def test_the_eos_is_not_shown(tokenizer):
     )
 
 
-def test_a_stream_is_the_reply_of_one_call(pair, prompts):
-    tiny = pair("mistral")
+def test_a_stream_is_the_reply_of_one_call(tiny_model, prompts):
+    tiny = tiny_model("mistral")
     options = Options(30, temperature=1.0, seed=3)
     for prompt in (prompts[1], prompts[7]):
         (free,) = generate_tokens(tiny.model, tiny.params, [prompt], options)
@@ -63,15 +63,15 @@ class Terminal:
 SHORT = Options(12)
 
 
-def talk(pair, tokenizer, terminal, options=SHORT, system="be brief"):
-    tiny = pair("llama")
+def talk(tiny_model, tokenizer, terminal, options=SHORT, system="be brief"):
+    tiny = tiny_model("llama")
     return chat(tiny.model, tiny.params, tokenizer, options, system, terminal.read, terminal.write)
 
 
-def test_a_conversation_keeps_its_history(pair, tokenizer):
-    tiny = pair("llama")
+def test_a_conversation_keeps_its_history(tiny_model, tokenizer):
+    tiny = tiny_model("llama")
     terminal = Terminal("hello", "", "and?", "/exit", "never read")
-    messages = talk(pair, tokenizer, terminal)
+    messages = talk(tiny_model, tokenizer, terminal)
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert messages[0]["content"] == "be brief" and terminal.lines == ["never read"]
     for n in (2, 4):
@@ -80,36 +80,36 @@ def test_a_conversation_keeps_its_history(pair, tokenizer):
     assert terminal.text == messages[2]["content"] + "\n" + messages[4]["content"] + "\n"
 
 
-def test_reset_keeps_only_the_system_message(pair, tokenizer):
-    once = talk(pair, tokenizer, Terminal("hello"))
-    again = talk(pair, tokenizer, Terminal("first", "/reset", "hello"))
+def test_reset_keeps_only_the_system_message(tiny_model, tokenizer):
+    once = talk(tiny_model, tokenizer, Terminal("hello"))
+    again = talk(tiny_model, tokenizer, Terminal("first", "/reset", "hello"))
     assert again == once and len(once) == 3
-    assert talk(pair, tokenizer, Terminal("/reset"), system=None) == []
+    assert talk(tiny_model, tokenizer, Terminal("/reset"), system=None) == []
 
 
-def test_the_seed_decides_what_is_said(pair, tokenizer):
+def test_the_seed_decides_what_is_said(tiny_model, tokenizer):
     options = Options(12, temperature=1.5, seed=1)
     terminal = Terminal("hello")
-    first = talk(pair, tokenizer, terminal, options)
-    assert talk(pair, tokenizer, Terminal("hello"), options) == first
-    other = talk(pair, tokenizer, Terminal("hello"), Options(12, temperature=1.5, seed=2))
+    first = talk(tiny_model, tokenizer, terminal, options)
+    assert talk(tiny_model, tokenizer, Terminal("hello"), options) == first
+    other = talk(tiny_model, tokenizer, Terminal("hello"), Options(12, temperature=1.5, seed=2))
     assert other != first
 
 
-def test_what_does_not_fit_is_refused_and_the_conversation_goes_on(pair, tokenizer):
+def test_what_does_not_fit_is_refused_and_the_conversation_goes_on(tiny_model, tokenizer):
     terminal = Terminal("x" * 400, "hello")
-    messages = talk(pair, tokenizer, terminal)
+    messages = talk(tiny_model, tokenizer, terminal)
     assert terminal.text.startswith("prompt 0 has") and "/reset" in terminal.text
     assert [m["content"] for m in messages if m["role"] == "user"] == ["hello"]
 
 
-def test_a_reply_is_cut_to_the_room_that_is_left(pair, tokenizer):
+def test_a_reply_is_cut_to_the_room_that_is_left(tiny_model, tokenizer):
     terminal = Terminal("x" * 200)
-    messages = talk(pair, tokenizer, terminal, Options(512))
+    messages = talk(tiny_model, tokenizer, terminal, Options(512))
     assert len(messages) == 3 and terminal.text.endswith("\n")
 
 
-def test_ctrl_c_cuts_a_reply_short(pair, tokenizer):
+def test_ctrl_c_cuts_a_reply_short(tiny_model, tokenizer):
     terminal = Terminal("hello")
     shown = []
 
@@ -119,10 +119,10 @@ def test_ctrl_c_cuts_a_reply_short(pair, tokenizer):
             raise KeyboardInterrupt
 
     terminal.write = write
-    messages = talk(pair, tokenizer, terminal)
+    messages = talk(tiny_model, tokenizer, terminal)
     assert messages[2]["content"] == shown[0] and shown[1:] == ["\n"]
 
 
-def test_chat_needs_a_template(pair, plain_tokenizer):
+def test_chat_needs_a_template(tiny_model, plain_tokenizer):
     with pytest.raises(UserError, match="no chat template"):
-        talk(pair, plain_tokenizer, Terminal("hello"))
+        talk(tiny_model, plain_tokenizer, Terminal("hello"))

@@ -60,8 +60,8 @@ def test_a_template_that_refuses_is_a_user_error(tokenizer, monkeypatch):
         tokenize(tokenizer, ["hi"])
 
 
-def test_eos_ids_of_every_source(pair, tokenizer, plain_tokenizer, tmp_path):
-    model = pair("llama").model
+def test_eos_ids_of_every_source(tiny_model, tokenizer, plain_tokenizer, tmp_path):
+    model = tiny_model("llama").model
     bare = replace(model, source=None)
     assert eos_ids(bare, plain_tokenizer) == (256,)
     assert eos_ids(bare, tokenizer) == (256, 258), "the template ends a turn with <|im_end|>"
@@ -80,11 +80,11 @@ def test_eos_ids_of_every_source(pair, tokenizer, plain_tokenizer, tmp_path):
 
 
 def test_a_hub_id_is_resolved_for_its_generation_config(
-    pair, plain_tokenizer, tmp_path, monkeypatch
+    tiny_model, plain_tokenizer, tmp_path, monkeypatch
 ):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
     monkeypatch.setattr(prompts_module, "find_model", lambda source, weights: tmp_path)
-    model = pair("llama").model
+    model = tiny_model("llama").model
     assert eos_ids(replace(model, source="org/name"), plain_tokenizer) == (9, 256)
     gone = replace(model, source=str(tmp_path / "gone"))
     assert eos_ids(gone, plain_tokenizer) == (256,)
@@ -101,8 +101,8 @@ def test_a_text_to_continue_does_not_end(plain_tokenizer):
     assert tokenize(plain_tokenizer, ["hi<|endoftext|>"])[0][-1] == 256
 
 
-def test_prompts_that_do_not_fit_the_model(pair):
-    tiny = pair("llama")
+def test_prompts_that_do_not_fit_the_model(tiny_model):
+    tiny = tiny_model("llama")
     full = [5] * (256 - 64)
     assert len(generate_tokens(tiny.model, tiny.params, [full])[0].tokens) == 64
     with pytest.raises(UserError, match=r"prompt 1 has 193 tokens; with 64 new ones .* 256 pos"):
@@ -118,9 +118,9 @@ def test_prompts_that_do_not_fit_the_model(pair):
     assert generate_tokens(tiny.model, tiny.params, []) == []
 
 
-def test_scaled_rope_stretches_the_context(pair):
-    assert context_length(pair("llama").model.arch) == 256
-    assert context_length(pair("dynamic").model.arch) == 4 * 48
+def test_scaled_rope_stretches_the_context(tiny_model):
+    assert context_length(tiny_model("llama").model.arch) == 256
+    assert context_length(tiny_model("dynamic").model.arch) == 4 * 48
 
 
 def test_buckets():

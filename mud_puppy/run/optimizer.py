@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-
 Tree = Any
 
 

@@ -1,6 +1,7 @@
 """Streaming and the conversation loop."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -31,14 +32,16 @@ def test_the_eos_is_not_shown(tokenizer):
     )
 
 
+SHORT = Options(12, temperature=1.0, seed=3)
+
+
 def test_a_stream_is_the_reply_of_one_call(tiny_model, prompts):
-    tiny = tiny_model("mistral")
-    options = Options(30, temperature=1.0, seed=3)
-    for prompt in (prompts[1], prompts[7]):
-        (free,) = generate_tokens(tiny.model, tiny.params, [prompt], options)
-        for eos in ((), (free.tokens[11],)):
-            (whole,) = generate_tokens(tiny.model, tiny.params, [prompt], options, eos)
-            chunks = list(stream_tokens(tiny.model, tiny.params, prompt, options, eos))
+    tiny = tiny_model("llama")
+    for prompt in (prompts[2], prompts[6]):
+        (free,) = generate_tokens(tiny.model, tiny.params, [prompt], SHORT)
+        for eos in ((), (free.tokens[3],), (free.tokens[9],)):
+            (whole,) = generate_tokens(tiny.model, tiny.params, [prompt], SHORT, eos)
+            chunks = list(stream_tokens(tiny.model, tiny.params, prompt, SHORT, eos))
             assert list(itertools.chain(*chunks)) == whole.tokens
             assert len(chunks) == -(-len(whole.tokens) // 8)
 
@@ -60,9 +63,6 @@ class Terminal:
         self.text += text + end
 
 
-SHORT = Options(12)
-
-
 def talk(tiny_model, tokenizer, terminal, options=SHORT, system="be brief"):
     tiny = tiny_model("llama")
     return chat(tiny.model, tiny.params, tokenizer, options, system, terminal.read, terminal.write)
@@ -75,7 +75,8 @@ def test_a_conversation_keeps_its_history(tiny_model, tokenizer):
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert messages[0]["content"] == "be brief" and terminal.lines == ["never read"]
     for n in (2, 4):
-        (want,) = generate(tiny.model, tiny.params, tokenizer, [messages[:n]], max_new_tokens=12)
+        options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3 + n}
+        (want,) = generate(tiny.model, tiny.params, tokenizer, [messages[:n]], **options)
         assert messages[n]["content"] == want
     assert terminal.text == messages[2]["content"] + "\n" + messages[4]["content"] + "\n"
 
@@ -88,12 +89,9 @@ def test_reset_keeps_only_the_system_message(tiny_model, tokenizer):
 
 
 def test_the_seed_decides_what_is_said(tiny_model, tokenizer):
-    options = Options(12, temperature=1.5, seed=1)
-    terminal = Terminal("hello")
-    first = talk(tiny_model, tokenizer, terminal, options)
-    assert talk(tiny_model, tokenizer, Terminal("hello"), options) == first
-    other = talk(tiny_model, tokenizer, Terminal("hello"), Options(12, temperature=1.5, seed=2))
-    assert other != first
+    first = talk(tiny_model, tokenizer, Terminal("hello"))
+    assert talk(tiny_model, tokenizer, Terminal("hello")) == first
+    assert talk(tiny_model, tokenizer, Terminal("hello"), replace(SHORT, seed=4)) != first
 
 
 def test_what_does_not_fit_is_refused_and_the_conversation_goes_on(tiny_model, tokenizer):
@@ -105,7 +103,7 @@ def test_what_does_not_fit_is_refused_and_the_conversation_goes_on(tiny_model, t
 
 def test_a_reply_is_cut_to_the_room_that_is_left(tiny_model, tokenizer):
     terminal = Terminal("x" * 200)
-    messages = talk(tiny_model, tokenizer, terminal, Options(512))
+    messages = talk(tiny_model, tokenizer, terminal, replace(SHORT, max_new_tokens=512))
     assert len(messages) == 3 and terminal.text.endswith("\n")
 
 

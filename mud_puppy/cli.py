@@ -27,6 +27,9 @@ Keys = Mapping[str, dataclasses.Field]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb or, without one, a training run; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if args and args[0] == "train":
+        # Else it would be the name of a model on the hub.
+        return _guard(_refuse_train)
     if args and args[0] in COMMANDS:
         return _guard(_run_command, args[0], args[1:])
     return train_main(args)
@@ -36,6 +39,10 @@ def train_main(argv: Sequence[str] | None = None) -> int:
     """The training form alone: `python -m mud_puppy.train` comes here; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     return _guard(_run_train, args or ["--help"])
+
+
+def _refuse_train() -> None:
+    raise UserError("train is no verb: leave the word out (mud-puppy MODEL DATASET --output OUT).")
 
 
 def _guard(run: Any, *args: Any) -> int:
@@ -61,8 +68,7 @@ def _run_train(argv: list[str]) -> None:
     from mud_puppy.train import train  # imports jax; errors above need not wait for it
 
     _show_log()
-    result = train(config)
-    print(f"{result.reason} at step {result.steps}: {result.output}", file=sys.stderr)
+    train(config)
 
 
 def _show_log() -> None:
@@ -177,7 +183,9 @@ def _parse(
             )
         given[name] = value
     if extra:
-        raise UserError(f"unexpected argument {extra[0]!r}.{nearest(argv[0], COMMANDS)}")
+        known_words = COMMANDS if extra[0][:1] != "-" else parser._option_string_actions
+        hint = _verb_hint(argv) or nearest(extra[0], known_words)
+        raise UserError(f"unexpected argument {extra[0]!r}.{hint} See {parser.prog} --help.")
     return given
 
 
@@ -191,7 +199,13 @@ def _refuse_unknown_flags(parser: argparse.ArgumentParser, argv: list[str]) -> N
         if name in known or not name.startswith("--") or " " in name:
             continue
         refuse(name[2:].replace("-", "_"), None, name)
-        raise UserError(f"unknown flag {name}.{nearest(name, known)} See {parser.prog} --help.")
+        hint = _verb_hint(argv) or nearest(name, known)
+        raise UserError(f"unknown flag {name}.{hint} See {parser.prog} --help.")
+
+
+def _verb_hint(argv: list[str]) -> str:
+    """For `mud-puppy generat MODEL --prompt ...`, where the verb is what is wrong."""
+    return "" if argv[0].startswith("-") else nearest(argv[0], COMMANDS)
 
 
 def _version() -> str:

@@ -74,7 +74,9 @@ class Merge:
     model: str = _flag(REQUIRED, "model folder, hub id or GGUF file")
     adapter: str = _flag(REQUIRED, "PEFT adapter folder")
     output: str = _flag(REQUIRED, "folder for the merged model")
-    merge_precision: Precision = _flag("bf16", "type of the merged weights")
+    merge_precision: Precision | None = _flag(
+        None, "type of the merged weights; null: as the model's are stored"
+    )
 
 
 def run_merge(args: Merge) -> None:
@@ -83,7 +85,8 @@ def run_merge(args: Merge) -> None:
     writable(args.output)
     from mud_puppy.export import merge_adapter
 
-    merge_adapter(args.model, args.adapter, args.output, DTYPES[args.merge_precision])
+    dtype = None if args.merge_precision is None else DTYPES[args.merge_precision]
+    merge_adapter(args.model, args.adapter, args.output, dtype)
     print(f"merged model: {args.output}")
 
 
@@ -122,10 +125,11 @@ def _texts(value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else tuple(value)
     if not texts or not all(isinstance(text, str) and text for text in texts):
         raise ValueError
+    "".join(texts).encode()  # bytes of the terminal that are no UTF-8
     return texts
 
 
-_PROMPTS = Parser("a text that is not empty", _texts)
+_PROMPTS = Parser("a non-empty text", _texts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ its traceback.
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -16,3 +17,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the choice closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def nearest_file(path: Path) -> str:
+    """`nearest` among what lies in the folder that should have held `path`."""
+    try:
+        return nearest(path.name, [beside.name for beside in path.parent.iterdir()])
+    except OSError:
+        return ""

@@ -4,7 +4,6 @@ Tensors go to disk one at a time, each gathered from its shards, merged and roun
 """
 
 import json
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,10 +100,12 @@ def export_run(
 ) -> None:
     """A run's checkpoint as other programs load it: model, adapter, or (merge) the merged model.
 
-    run: the run's output folder, or one `checkpoint-N` in it; step: of which checkpoint, None for
-    the newest. The base model is read again from where the run had it.
+    run: the run's output folder; step: of which checkpoint, None for the newest. The base model is
+    read again from where the run had it.
     """
-    folder, step = _checkpoint(Path(run).expanduser(), step)
+    folder = Path(run).expanduser()
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no run is here (there is no config.yaml)")
     config = Config.load(folder / "config.yaml")
     if merge and config.method == "full":
         raise UserError(f"{folder}: a run of method full has no adapter to merge")
@@ -116,7 +117,7 @@ def export_run(
         state = Checkpoints(folder).restore(prepared.state, step).state
         tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         if merge:
-            dtype = DTYPES[config.merge_precision]
+            dtype = DTYPES[config.merge_precision or config.precision]
             save_merged(model, prepared.params(state), output, dtype, tokenizer)
         else:
             write_result(config, Path(output), model, prepared.params(state), tokenizer)
@@ -129,19 +130,6 @@ def write_result(config: Config, out: Path, model: Model, params: Tree, tokenize
         return
     save_adapter(model, params, out)
     tokenizer.save_pretrained(out)
-
-
-def _checkpoint(run: Path, step: int | None) -> tuple[Path, int | None]:
-    """(the run's folder, the step asked for)"""
-    named = re.fullmatch(r"checkpoint-(\d+)", run.name)
-    folder = run.parent if named else run
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no run is here (there is no config.yaml)")
-    if named and step is not None and step != int(named[1]):
-        raise UserError(
-            f"{run} is step {named[1]}, but step {step} was asked for; give one of them"
-        )
-    return folder, int(named[1]) if named else step
 
 
 def _spec(leaf: Any, layer: int | None, dtype: str | None) -> Spec:

@@ -20,12 +20,14 @@ import jax
 from mud_puppy.config import DTYPES, Config, check_output
 from mud_puppy.data import prefetch
 from mud_puppy.export import save_merged, write_result
-from mud_puppy.model import Model, load_tokenizer
+from mud_puppy.model import Model, abstract, load_tokenizer
 from mud_puppy.parallel import batch_devices, make_mesh
 from mud_puppy.run.checkpoint import Checkpoints
 from mud_puppy.run.datasets import RunData, load_data
 from mud_puppy.run.loop import Course, Plan, fit
-from mud_puppy.run.prepare import Prepared, load_params, prepare
+from mud_puppy.run.memory import memory_errors
+from mud_puppy.run.prepare import Prepared, check_targets, load_params, prepare
+from mud_puppy.run.prompts import uses_chat
 from mud_puppy.run.recorder import Recorder
 from mud_puppy.sampling import generate
 
@@ -55,11 +57,11 @@ def train(source: Config | Mapping[str, Any] | str | os.PathLike) -> Result:
     output = check_output(config)
     _keep_compilations()
     mesh = make_mesh(config.mesh)
+    shaped, shapes = abstract(config.model, trust_remote_code=config.trust_remote_code)
+    check_targets(config, shapes)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    data = load_data(config, tokenizer, batch_devices(mesh))
-    if config.overwrite:
-        _clear(output)
-    with jax.set_mesh(mesh):
+    data = load_data(config, shaped, tokenizer, batch_devices(mesh))
+    with jax.set_mesh(mesh), memory_errors():
         model, params = load_params(config, mesh)
         run = prepare(config, model, params, mesh, _total_steps(config, data))
         del params  # the optimizer's step gives its buffers away
@@ -67,11 +69,15 @@ def train(source: Config | Mapping[str, Any] | str | os.PathLike) -> Result:
 
 
 def _run(config: Config, output: Path, run: Prepared, data: RunData, tokenizer: Any) -> Result:
+    if config.overwrite:  # only now: whatever is wrong with the inputs has been said
+        _clear(output)
     checkpoints = Checkpoints(output, config.keep_checkpoints)
     state, course = run.state, Course()
     if config.resume and checkpoints.latest() is not None:
         _, state, meta = checkpoints.restore(state)
         course = Course(**meta)
+    elif config.resume:
+        log.warning("%s has no checkpoint yet: the run starts at step 0", output)
     first, plan = int(state.step), _plan(config, data)
     evaluate = _evaluation(run, data)
     with Recorder(config, output, first, plan.total_steps) as record:
@@ -95,8 +101,9 @@ def _run(config: Config, output: Path, run: Prepared, data: RunData, tokenizer: 
         params = run.params(state)
         write_result(config, output, run.model, params, tokenizer)
         if config.merge_lora:
-            dtype = DTYPES[config.merge_precision]
+            dtype = DTYPES[config.merge_precision or config.precision]
             save_merged(run.model, params, output / "merged", dtype, tokenizer)
+        log.info("%s at step %d: %s", ended.reason, int(state.step), output)
         return _result(output, run, state, ended.reason, record)
 
 
@@ -134,7 +141,12 @@ def _answers(
     if not data.prompts:
         return []
     texts = generate(
-        run.model, run.params(state), tokenizer, data.prompts, config.sample_max_new_tokens
+        run.model,
+        run.params(state),
+        tokenizer,
+        data.prompts,
+        config.sample_max_new_tokens,
+        chat=uses_chat(config),
     )
     return list(zip(data.prompts, texts, strict=True))
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +138,7 @@ def test_export_of_a_checkpoint_is_the_result(config, tmp_path):
     result = mp.train(config)
     export_run(result.output, tmp_path / "last")
     assert same(result.output / ADAPTER, tmp_path / "last" / ADAPTER)
-    export_run(result.output / "checkpoint-3", tmp_path / "third")
+    export_run(result.output, tmp_path / "third", step=3)
     assert not same(result.output / ADAPTER, tmp_path / "third" / ADAPTER)
     export_run(result.output, tmp_path / "merged", merge=True)
     model, params = mp.load(tmp_path / "merged", dtype="float32")
@@ -178,6 +179,17 @@ def test_a_diverging_run_says_so(config, capsys):
     assert main([*args, *flags, *huge]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("mud-puppy: error: the loss became ")
+
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_trains(recipe, config, tmp_path):
+    keys = ("model", "dataset", "output", "mesh", "sample_prompts", "max_seq_length")
+    changes = {key: config[key] for key in keys} | {"max_steps": 2}
+    result = mp.train(mp.Config.load(recipe, changes))
+    assert result.steps == 2 and result.metrics["loss"] > 0
 
 
 def start(config_file, *flags):

@@ -100,6 +100,7 @@ def _prompts(value: Any) -> int | tuple[str, ...]:
         texts = [text for text in value if isinstance(text, str) and text]
         if not texts or len(texts) < len(value):
             raise ValueError
+        "".join(texts).encode()  # bytes of the terminal that are no UTF-8
         if len(texts) > 1 or not texts[0].isdecimal():
             return tuple(texts)
         value = texts[0]
@@ -213,7 +214,9 @@ class Config:
         "continue", "train that adapter on, or a new one on top", needs=_ADAPTER
     )
     merge_lora: bool = _lora(False, "write the merged model to output/merged too", needs=_LORA)
-    merge_precision: Precision = _lora("bf16", "type of the merged model", needs=_MERGE)
+    merge_precision: Precision | None = _lora(
+        None, "type of the merged model; null: that of precision", needs=_MERGE
+    )
 
     mesh: str | None = _devices(None, "axes and sizes (null: fsdp over all local devices)", _MESH)
     device_map: Literal["auto"] = _devices("auto", "auto: all local devices", needs=_NO_MESH)

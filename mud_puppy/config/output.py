@@ -1,5 +1,6 @@
 """The output folder, looked at before anything runs."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -10,30 +11,71 @@ from mud_puppy.errors import UserError
 def check_output(config: Config) -> Path:
     """The run's folder, made if it is missing; nothing in it is changed.
 
-    Raises UserError when it cannot be written, or holds something and neither resume nor overwrite
-    is set.
+    Raises UserError when it cannot be written; when it holds something and neither resume nor
+    overwrite is set; when there is something to resume from but not a run; and when overwrite would
+    remove what the run starts from.
     """
-    if not (config.resume or config.overwrite):
+    if config.resume:
+        _refuse_foreign(config.output)
+    elif config.overwrite:
+        _refuse_own_source(config)
+    else:
         refuse_filled(config.output, "go on with --resume, replace it with --overwrite, or ")
     return writable(config.output)
 
 
 def refuse_filled(output: str, ways_out: str = "") -> None:
     """Raise UserError when the folder `output` holds something."""
-    path = Path(output)
-    if path.is_dir() and any(path.iterdir()):
+    if _held(output):
         raise UserError(f"output {output}: is not empty; {ways_out}name another folder.")
 
 
 def writable(output: str) -> Path:
     """The folder, made if it is missing; UserError when no file can be written in it."""
     path = Path(output)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output {output}: is a file; name a folder.")
     try:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"output {output}: is a file; name a folder.")
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(f"output {output}: cannot be written ({error.strerror}).") from None
+        raise _unusable(output, error) from None
     return path
+
+
+def _refuse_foreign(output: str) -> None:
+    """A run writes config.yaml first, so a folder without one holds something else."""
+    held = _held(output)
+    if held and not any(name == "config.yaml" or name.startswith("checkpoint-") for name in held):
+        raise UserError(
+            f"output {output}: holds no run to resume (no config.yaml and no checkpoint, but "
+            f"{min(held)}); name the run's folder."
+        )
+
+
+def _refuse_own_source(config: Config) -> None:
+    output = os.path.realpath(config.output)
+    for key, source in (("model", config.model), ("adapter", config.adapter)):
+        if source is not None and _real(source).is_relative_to(output):
+            raise UserError(
+                f"{key} {source}: lies in the output folder, which --overwrite clears; name "
+                "another output folder."
+            )
+
+
+def _real(source: str) -> Path:
+    return Path(os.path.realpath(Path(source).expanduser()))
+
+
+def _held(output: str) -> list[str]:
+    """The names in the folder; none where there is no folder."""
+    path = Path(output)
+    try:
+        return [inner.name for inner in path.iterdir()] if path.is_dir() else []
+    except OSError as error:
+        raise _unusable(output, error) from None
+
+
+def _unusable(output: str, error: OSError) -> UserError:
+    return UserError(f"output {output}: cannot be written ({error.strerror}); name another folder.")

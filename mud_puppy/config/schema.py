@@ -89,16 +89,21 @@ def optional(spec: dataclasses.Field) -> bool:
 
 
 def base_type(spec: dataclasses.Field) -> Any:
-    """The key's type without null: bool, int, float, str or tuple (of texts)."""
-    plain = [t for t in typing.get_args(spec.type) if t is not types.NoneType and t is not Ellipsis]
-    if isinstance(spec.type, types.UnionType):
-        return typing.get_origin(plain[0]) or plain[0]
-    return typing.get_origin(spec.type) or spec.type
+    """The key's type without null: bool, int, float, str, tuple (of texts) or Literal."""
+    kind = _without_null(spec)
+    return typing.get_origin(kind) or kind
+
+
+def _without_null(spec: dataclasses.Field) -> Any:
+    # `Literal[...] | None` is a typing.Union, `int | None` a types.UnionType.
+    if typing.get_origin(spec.type) not in (types.UnionType, typing.Union):
+        return spec.type
+    return next(t for t in typing.get_args(spec.type) if t is not types.NoneType)
 
 
 def choices(spec: dataclasses.Field) -> tuple[str, ...]:
     """The texts that a key of a Literal type can be; none for other types."""
-    return typing.get_args(spec.type) if base_type(spec) is typing.Literal else ()
+    return typing.get_args(_without_null(spec)) if base_type(spec) is typing.Literal else ()
 
 
 def allowed(spec: dataclasses.Field) -> str:

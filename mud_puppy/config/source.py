@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mud_puppy.config.schema import REQUIRED, convert
-from mud_puppy.errors import UserError, nearest
+from mud_puppy.errors import UserError, nearest, nearest_file
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file.") from None
+        raise UserError(f"{path}: no such config file.{nearest_file(path)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}).") from None
     except OSError as error:

@@ -17,7 +17,7 @@ from operator import add
 import numpy as np
 
 from mud_puppy.data.chat import MaskOptions, Plan, check_tokenizer, plan_row, tokenize
-from mud_puppy.data.example import BadRows, Dataset, Example, Report
+from mud_puppy.data.example import SKIP_HINT, BadRows, Dataset, Example, Report
 from mud_puppy.data.formats import ROLES, Row
 from mud_puppy.data.template import Tokenizer
 from mud_puppy.errors import UserError, nearest
@@ -51,7 +51,8 @@ class EncodeOptions(MaskOptions):
             raise UserError("roles_to_train names no role")
         for role in set(self.roles_to_train) - set(ROLES):
             hint = nearest(role, ROLES)
-            raise UserError(f"roles_to_train: unknown role {role!r}; known are {ROLES}.{hint}")
+            known = ", ".join(ROLES)
+            raise UserError(f"roles_to_train: unknown role {role!r}; known are {known}.{hint}")
         if self.on_long not in ("truncate", "skip", "stop"):
             raise UserError(f"on_long must be truncate, skip or stop, not {self.on_long!r}")
         if self.on_bad_rows not in ("stop", "skip"):
@@ -105,7 +106,7 @@ def encode_chunk(rows: Sequence[Row], tokenizer: Tokenizer, options: EncodeOptio
 def _kept(error: UserError, options: EncodeOptions) -> str:
     """The message of an error that is skipped over; raises it otherwise."""
     if options.on_bad_rows == "stop":
-        raise error
+        raise UserError(f"{error} {SKIP_HINT}") from None
     return str(error)
 
 

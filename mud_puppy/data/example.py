@@ -16,6 +16,7 @@ from jaxtyping import Float32, Int32
 from mud_puppy.errors import UserError
 
 MAX_MESSAGES = 1000
+SKIP_HINT = "(correct it, or leave bad rows out with on_bad_rows skip)"
 Item = TypeVar("Item")
 
 

@@ -29,7 +29,7 @@ def read_jsonl(path: Path) -> Iterator[Line]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    yield where, json.loads(text)
+                    yield where, json.loads(text.rstrip())
             except UnicodeDecodeError as error:
                 yield where, _not_utf8(where, error)
             except (ValueError, RecursionError) as error:
@@ -118,7 +118,7 @@ def _csv_rows(path: Path, reader: Any) -> Iterator[Line]:
                 raise UserError(f"{where}: a header must be UTF-8, with no name twice")
             header = cells
         elif broken:
-            yield where, UserError(f"{where}: not UTF-8")
+            yield where, UserError(f"{where}: not UTF-8; save the file as UTF-8")
         elif len(cells) != len(header):
             what = f"{len(cells)} fields where the header has {len(header)}"
             yield where, UserError(f"{where}: {what}")
@@ -189,7 +189,8 @@ def _blank(text: str, at: int) -> int:
 
 
 def _not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
-    return UserError(f"{where}: not UTF-8: byte 0x{error.object[error.start]:02x}")
+    byte = error.object[error.start]
+    return UserError(f"{where}: not UTF-8: byte 0x{byte:02x}; save the file as UTF-8")
 
 
 def _not_json(where: str, error: ValueError | RecursionError) -> UserError:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mud_puppy.data.example import BadRows
+from mud_puppy.data.example import SKIP_HINT, BadRows
 from mud_puppy.data.files import READERS, Line, read_hub
 from mud_puppy.data.formats import convert
-from mud_puppy.errors import UserError
+from mud_puppy.errors import UserError, nearest_file
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 DATA_SUFFIXES = (*READERS, ".tsv", ".gz", ".zip", ".zst", ".xz", ".bz2", ".yaml", ".yml", ".arrow")
@@ -58,7 +58,7 @@ def read_rows(
             row, extra = convert(value, where)
         except UserError as error:
             if on_bad_rows == "stop":
-                raise
+                raise UserError(f"{error} {SKIP_HINT}") from None
             faults.append(str(error))
             continue
         rows.append(row)
@@ -66,7 +66,7 @@ def read_rows(
     if faults and not rows:
         raise UserError(f"{source}: all {len(faults)} rows are bad; the first: {faults[0]}")
     if not rows:
-        raise UserError(f"{source} holds no rows")
+        raise UserError(f"{source} holds no rows, so there is nothing to train on")
     bad = BadRows(len(faults)) + BadRows(0, tuple(faults))
     return Rows(tuple(rows), bad, tuple(sorted(unused)))
 
@@ -77,7 +77,7 @@ def _lines(source: str, split: str | None) -> Iterator[Line]:
         if not _is_local(source, path):
             return read_hub(source, split or "train")
         if not path.exists():
-            raise UserError(f"{source} does not exist")
+            raise UserError(f"{source} does not exist; check the path.{nearest_file(path)}")
         if path.is_dir():
             raise UserError(f"{source} is a folder; name the data file in it")
         reader = READERS.get(path.suffix.lower())

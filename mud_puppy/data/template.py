@@ -57,7 +57,6 @@ class Template:
     def _render(
         self, messages: Messages, generation_prompt: bool, marks: bool
     ) -> tuple[str, Marks]:
-        from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -69,7 +68,7 @@ class Template:
                 add_generation_prompt=generation_prompt,
                 **dict(self.special),
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # a template fails in whatever way its author left open
             what = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"the chat template refuses the conversation: {what}") from error
         return texts[0], [(int(start), int(end)) for start, end in ranges[0]] if marks else []

@@ -72,6 +72,9 @@ def read_config(config: Any) -> Arch:
         )
     family = FAMILIES[config.model_type]
     _refuse_unread(config, family.reads)
+    for name in _SIZES:
+        if config.to_dict()[name] < 1:
+            raise UserError(f"config: {name} must be at least 1, not {config.to_dict()[name]}")
     heads, width = config.num_attention_heads, config.hidden_size
     kv_heads = config.num_key_value_heads or heads
     head_dim = config.head_dim if "head_dim" in config.to_dict() else None
@@ -108,6 +111,10 @@ def read_config(config: Any) -> Arch:
     )
 
 
+_SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "max_position_embeddings"
+).split()
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
@@ -128,14 +135,21 @@ def _no_window(config: Any) -> tuple[int | None, ...]:
 
 
 def _same_window(config: Any) -> tuple[int | None, ...]:
-    return (config.sliding_window,) * config.num_hidden_layers
+    return (_window(config),) * config.num_hidden_layers
 
 
 def _window_by_layer(config: Any) -> tuple[int | None, ...]:
-    kinds = {"full_attention": None, "sliding_attention": config.sliding_window}
+    kinds = {"full_attention": None, "sliding_attention": _window(config)}
     if unknown := set(config.layer_types) - set(kinds):
         raise UserError(f"config: layer_types {sorted(unknown)} are not supported")
     return tuple(kinds[kind] for kind in config.layer_types)
+
+
+def _window(config: Any) -> int | None:
+    window = config.sliding_window
+    if window is not None and window < 1:
+        raise UserError(f"config: sliding_window must be at least 1 or null, not {window}")
+    return window
 
 
 def _llama_biases(config: Any) -> tuple[str, ...]:

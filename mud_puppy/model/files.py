@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mud_puppy.errors import UserError
+from mud_puppy.errors import UserError, nearest_file
 from mud_puppy.model.tensors import Stored, open_safetensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -36,7 +36,9 @@ def find_model(source: str | Path, *, weights: bool = True, code: bool = False) 
             raise UserError(f"{path}: a model is a folder, a .gguf file or a hub id, not this file")
         return path
     if looks_local(text):
-        raise UserError(f"{text}: no such model folder or file")
+        raise UserError(
+            f"{text}: no such model folder or file; check the path.{nearest_file(path)}"
+        )
     patterns = _TEXTS + (_WEIGHTS if weights else ()) + (("*.py",) if code else ())
     return _download(text, list(patterns))
 
@@ -103,8 +105,8 @@ def open_tensors(folder: Path) -> dict[str, Stored]:
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
     raise UserError(
-        f"{folder}: no {SINGLE} and no {INDEX} here (pickled weights are neither downloaded nor "
-        "opened)"
+        f"{folder}: no {SINGLE} and no {INDEX} here; download the model again (pickled weights are "
+        "neither downloaded nor opened)"
     )
 
 
@@ -112,8 +114,12 @@ def _open_shards(folder: Path) -> dict[str, Stored]:
     index = folder / INDEX
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: has no 'weight_map'")
-    shards = {name: _open_shard(index, name) for name in sorted(set(weight_map.values()))}
+        raise UserError(f"{index}: has no 'weight_map'; download the model again")
+    for name in weight_map.values():
+        _check_shard(index, name)
+    shards = {
+        name: open_safetensors(index.parent / name) for name in sorted(set(weight_map.values()))
+    }
     for tensor, name in weight_map.items():
         if tensor not in shards[name]:
             raise UserError(f"{index}: tensor '{tensor}' is not in {name}")
@@ -121,10 +127,12 @@ def _open_shards(folder: Path) -> dict[str, Stored]:
     return {tensor: stored for shard in shards.values() for tensor, stored in shard.items()}
 
 
-def _open_shard(index: Path, name: Any) -> dict[str, Stored]:
+def _check_shard(index: Path, name: Any) -> None:
     # Hub caches link shards to blobs elsewhere, so the name is judged, not where it resolves to.
     if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-        raise UserError(f"{index}: '{name}' is no safetensors file beside the index; refused")
+        raise UserError(
+            f"{index}: '{name}' is no safetensors file beside the index, and no other is opened; "
+            "download the model again"
+        )
     if not (index.parent / name).is_file():
         raise UserError(f"{index}: shard {name} is missing; download the model again")
-    return open_safetensors(index.parent / name)

@@ -56,7 +56,9 @@ def open_reader(path: Path) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(path)
     except Exception as error:  # the reader fails in as many ways as a file can be broken
-        raise UserError(f"{path}: not a whole GGUF file ({error})") from None
+        raise UserError(
+            f"{path}: not a whole GGUF file ({error}); copy or download it again"
+        ) from None
 
 
 def metadata(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:

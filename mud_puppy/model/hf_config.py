@@ -20,6 +20,8 @@ def read_config_file(folder: Path, trust_remote_code: bool = False) -> Any:
     path = folder / "config.json"
     if not path.exists() and (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: a PEFT adapter, not a model: load its base model, then this")
+    if not path.exists():
+        raise UserError(f"{path}: no such file, so {folder} is no model folder")
     fields = read_json(path)
     if not trust_remote_code:
         return to_config(fields, str(path))

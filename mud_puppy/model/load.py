@@ -62,7 +62,9 @@ def load(
     return model, unflatten(shapes, leaves)
 
 
-def abstract(source: Any, dtype: str = "bfloat16") -> tuple[Model, Tree]:
+def abstract(
+    source: Any, dtype: str = "bfloat16", trust_remote_code: bool = False
+) -> tuple[Model, Tree]:
     """(model, ShapeDtypeStructs) as `load` gives arrays, from the config alone.
 
     source: as for `load`, or a transformers config, or the fields of a config.json.
@@ -71,8 +73,8 @@ def abstract(source: Any, dtype: str = "bfloat16") -> tuple[Model, Tree]:
     if not isinstance(source, str | Path):
         model, shapes = build(_read_arch(to_config(source), "config"))
     else:
-        path = find_model(source, weights=False)
-        config = open_gguf(path)[0] if path.is_file() else read_config_file(path)
+        path = find_model(source, weights=False, code=trust_remote_code)
+        config = open_gguf(path)[0] if path.is_file() else read_config_file(path, trust_remote_code)
         model, shapes = build(_read_arch(config, path), _lasting(source))
     kind = jnp.dtype(dtype)
     return model, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind), shapes)

@@ -47,6 +47,9 @@ def read_rope(spec: dict[str, Any], head_dim: int, max_positions: int) -> Rope:
     unread = {k: v for k, v in spec.items() if k not in known and v is not None}
     if unread.pop("partial_rotary_factor", 1.0) != 1.0 or unread:
         raise UserError(f"rope_parameters of kind '{kind}' has keys that are not read: {spec}")
+    for key in spec.keys() - {"rope_type", "type", "truncate"}:
+        if not isinstance(spec[key], int | float | None):
+            raise UserError(f"rope_parameters: {key} must be a number, not {spec[key]!r}")
     theta = float(spec["rope_theta"])
     inv_freq = _inv_freq(theta, head_dim)
     if kind == "dynamic":

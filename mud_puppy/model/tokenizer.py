@@ -30,7 +30,10 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever a broken folder leads it to
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: the tokenizer does not load: {line}") from None
+        raise UserError(
+            f"{path}: the tokenizer does not load: {line} (tokenizer.json and "
+            "tokenizer_config.json must be here and whole; copy or download them again)"
+        ) from None
 
 
 def gguf_tokenizer(path: Path) -> Any:

@@ -21,7 +21,9 @@ def make_mesh(spec: str | None = None) -> Mesh:
     sizes = {axis: count // given if size < 0 else size for axis, size in sizes.items()}
     used = sizes["data"] * sizes["fsdp"]
     if used > count or used == 0:
-        raise UserError(f"mesh '{spec}' needs {max(used, given)} devices, {count} are here")
+        raise UserError(
+            f"mesh '{spec}' needs {max(used, given)} devices, {count} are here; make it smaller"
+        )
     return jax.make_mesh(
         (sizes["data"], sizes["fsdp"]),
         AXES,

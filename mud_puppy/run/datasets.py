@@ -1,13 +1,14 @@
 """The run's data: rows read, split, tokenized and packed, as the config says."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mud_puppy.config import Config
 from mud_puppy.data import (
-    Chat,
     EncodeOptions,
+    Example,
     Loader,
     Row,
     batch_size_for,
@@ -17,9 +18,11 @@ from mud_puppy.data import (
     split,
 )
 from mud_puppy.errors import UserError
+from mud_puppy.model import Arch, Model
+from mud_puppy.run.prompts import Prompt, choose_prompts
+from mud_puppy.sampling import context_length
 
 log = logging.getLogger("mud_puppy")
-Prompt = str | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,9 @@ class RunData:
     prompts: list[Prompt]
 
 
-def load_data(config: Config, tokenizer: Any, batch_devices: int) -> RunData:
-    """Reads and tokenizes everything; a fault in the data is found before the model is loaded."""
+def load_data(config: Config, model: Model, tokenizer: Any, batch_devices: int) -> RunData:
+    """Reads and tokenizes everything; a fault in the data, or data that the model is not made for,
+    is found before its weights are read."""
     rows = list(_read(config.dataset, config))
     held: list[Row] = []
     if config.eval_dataset is not None:
@@ -40,10 +44,12 @@ def load_data(config: Config, tokenizer: Any, batch_devices: int) -> RunData:
     elif config.eval_split is not None:
         rows, held = split(rows, config.eval_split, config.seed)
     train = _loader(rows, config, tokenizer, batch_devices, "train")
+    _check_fit(train.examples, config, model.arch, tokenizer)
     evaluation = None
     if held:
         evaluation = _loader(held, config, tokenizer, batch_devices, "eval")
-    return RunData(train, evaluation, _prompts(config, held or rows))
+        _check_fit(evaluation.examples, config, model.arch, tokenizer)
+    return RunData(train, evaluation, choose_prompts(config, model, tokenizer, held or rows))
 
 
 def _read(source: str, config: Config) -> tuple[Row, ...]:
@@ -105,17 +111,20 @@ def _loader(
     return loader
 
 
-def _prompts(config: Config, rows: list[Row]) -> list[Prompt]:
-    """The prompts named in the config, or what the first conversations ask."""
-    if not isinstance(config.sample_prompts, int):
-        return list(config.sample_prompts)
-    asked = (_question(row) for row in rows if isinstance(row, Chat))
-    found: list[Prompt] = [question for question in asked if question]
-    return found[: config.sample_prompts]
-
-
-def _question(row: Chat) -> list[dict[str, Any]]:
-    """The turns before the first answer."""
-    turns = [turn.message for turn in row.turns]
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    return turns[: answers[0]] if answers else []
+def _check_fit(examples: Sequence[Example], config: Config, arch: Arch, tokenizer: Any) -> None:
+    """No example beyond the model's positions (RoPE extrapolates badly) or vocabulary (a lookup
+    beyond the embedding would take its last row, without a word)."""
+    most = context_length(arch)
+    for example in examples:
+        if len(example.tokens) > most:
+            raise UserError(
+                f"max_seq_length {config.max_seq_length}: {example.where} has "
+                f"{len(example.tokens)} tokens, but the model has {most} positions; set "
+                f"max_seq_length to at most {most}"
+            )
+        if (worst := int(example.tokens.max())) >= arch.vocab_size:
+            raise UserError(
+                f"{example.where}: token {worst} ({tokenizer.convert_ids_to_tokens(worst)!r}) is "
+                f"outside the model's vocabulary of {arch.vocab_size}: use the tokenizer that "
+                "belongs to the model"
+            )

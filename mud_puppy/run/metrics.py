@@ -154,7 +154,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             row["step"] = int(row["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: not a line of metrics: {line[:80]!r}") from error
+            raise UserError(
+                f"{path}:{number}: not a line of metrics: {line[:80]!r}; correct or remove the file"
+            ) from error
         rows.append(row)
     return rows
 

@@ -29,6 +29,8 @@ from mud_puppy.weights import (
     combine,
     is_weight,
     load_adapter,
+    match_targets,
+    module_names,
     partition,
     with_dropout,
 )
@@ -75,12 +77,18 @@ def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
             config.lora_r,
             config.lora_alpha,
             config.lora_targets,
-            key=jax.random.key(config.seed),
+            key=jax.random.key(config.seed % 2**32),
             dropout=config.lora_dropout,
             rslora=config.lora_rslora,
             dora=config.lora_dora,
         )
     return model, jax.device_put(params, shardings(mesh, axes(model.arch), params))
+
+
+def check_targets(config: Config, shapes: Tree) -> None:
+    """UserError for LoRA targets that this model (shapes as of `abstract`) does not have."""
+    if config.method == "lora" and (config.adapter is None or config.adapter_mode == "stack"):
+        match_targets(module_names(shapes), config.lora_targets)
 
 
 def _set_dropout(params: Tree, rate: float) -> Tree:
@@ -122,7 +130,7 @@ def prepare(
         loraplus_lr_ratio=config.loraplus_lr_ratio,
     )
     start = partial(init_state, tx=tx, fp16=config.precision == "fp16")
-    key = jax.random.key(config.seed + 1)
+    key = jax.random.key((config.seed + 1) % 2**32)
     places = _state_shardings(mesh, model, params, jax.eval_shape(start, train, key=key))
     state = jax.jit(start, out_shardings=places)(train, key=key)
     run_layers = partial(scan_layers, remat=config.gradient_checkpointing)

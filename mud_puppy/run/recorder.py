@@ -1,12 +1,14 @@
 """Everything a person sees of a run: progress, metrics, samples before and after, the report."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mud_puppy.config import Config
+from mud_puppy.errors import UserError
 from mud_puppy.run.metrics import open_metrics, read_metrics
 from mud_puppy.run.progress import Progress
 from mud_puppy.run.record import run_record
@@ -25,13 +27,11 @@ class Recorder:
     def __init__(self, config: Config, output: Path, first: int, total: int) -> None:
         self.latest: dict[str, float] = {}
         self._output = output
-        self._run = run_record(output, config.to_dict())
         resumed = first if config.resume and first > 0 else None
+        self._samples = {} if resumed is None else _read_samples(output / "samples.json")
+        self._run = run_record(output, config.to_dict())
         self._metrics = open_metrics(output, config.log_with, resumed, config.to_dict())
         self._progress = Progress(total, first)
-        self._samples: dict[str, list[dict[str, str]]] = {}
-        if resumed is not None and (output / "samples.json").exists():
-            self._samples = json.loads((output / "samples.json").read_text())
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         self.latest |= values
@@ -44,7 +44,9 @@ class Recorder:
             return
         pairs = [{"prompt": _text(prompt), "reply": reply} for prompt, reply in answers]
         self._samples[when] = pairs
-        (self._output / "samples.json").write_text(json.dumps(self._samples, indent=1) + "\n")
+        fresh = self._output / "samples.tmp"  # a kill leaves the old file or the new one
+        fresh.write_text(json.dumps(self._samples, indent=1) + "\n")
+        os.replace(fresh, self._output / "samples.json")
         for pair in pairs:
             self._progress.note(f"{when}: {pair['prompt']!r} -> {pair['reply']!r}")
 
@@ -71,6 +73,15 @@ class Recorder:
             {"prompt": p, "before": replies[0].get(p, ""), "after": replies[1].get(p, "")}
             for p in prompts
         ]
+
+
+def _read_samples(path: Path) -> dict[str, list[dict[str, str]]]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); remove the file") from None
 
 
 def _text(prompt: Any) -> str:

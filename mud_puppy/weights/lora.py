@@ -67,14 +67,18 @@ def match_targets(names: list[str], targets: str | Sequence[str]) -> frozenset[s
     if missing := [target for target, found in hits.items() if not found]:
         known = sorted({name.split(".")[-1] for name in names})
         if "lm_head" in missing and "lm_head" not in known:
-            raise UserError("target 'lm_head': this model's head is tied to its embedding")
+            raise UserError(
+                "LoRA target 'lm_head': this model's head is tied to its embedding; leave it out"
+            )
         raise UserError(
-            f"LoRA target '{missing[0]}' matches no module;{nearest(missing[0], known)} "
-            f"modules: {', '.join(known)}"
+            f"LoRA target '{missing[0]}' matches no module.{nearest(missing[0], known)} "
+            f"Modules: {', '.join(known)}"
         )
     chosen = frozenset(name for found in hits.values() for name in found)
     if "model.embed_tokens" in chosen and "lm_head" not in names:
-        raise UserError("target 'embed_tokens': this model's embedding is tied to its head")
+        raise UserError(
+            "LoRA target 'embed_tokens': this model's embedding is tied to its head; leave it out"
+        )
     return chosen
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from mud_puppy.errors import UserError
+from mud_puppy.errors import UserError, nearest_file
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDING = "model.embed_tokens"
@@ -55,8 +55,14 @@ def read_adapter(folder: Path, shapes: dict[str, tuple[int, int]]) -> tuple[dict
     for name, tensors in _by_module(_read_tensors(folder), folder).items():
         if name not in shapes:
             tied = " (its head is tied to the embedding)" if name == "lm_head" else ""
-            raise UserError(f"{folder}: adapts module '{name}', which this model has not{tied}")
+            base = config.get("base_model_name_or_path")
+            raise UserError(
+                f"{folder}: adapts module '{name}', which this model has not{tied}; the adapter "
+                f"was made for {base or 'another model'}"
+            )
         parts[name] = _part(config, folder, name, tensors, shapes[name])
+    if not parts:
+        raise UserError(f"{folder / TENSORS}: holds no tensors; save the adapter again")
     return parts, float(config.get("lora_dropout") or 0.0)
 
 
@@ -74,6 +80,11 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such adapter folder (one of the hub is downloaded first)."
+            f"{nearest_file(folder)}"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -92,7 +103,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for key, value in config.items():
         if key not in _KNOWN and value:
             raise UserError(f"{path}: {key}={value!r} is not supported")
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(path, key, config.get(key) or {})
+    if not isinstance(config.get("lora_dropout") or 0.0, int | float):
+        raise UserError(f"{path}: lora_dropout must be a number, not {config['lora_dropout']!r}")
     return config
+
+
+def _check_pattern(path: Path, key: str, pattern: Any) -> None:
+    if not isinstance(pattern, dict):
+        raise UserError(f"{path}: {key} must be an object, not {pattern!r}")
+    for name in pattern:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise UserError(f"{path}: {key}: '{name}' is no regular expression: {error}") from None
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -104,7 +129,9 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}); copy or download it again"
+        ) from None
 
 
 def _by_module(tensors: dict[str, np.ndarray], folder: Path) -> dict[str, dict[str, np.ndarray]]:
@@ -130,7 +157,9 @@ def _part(
     rank = _lookup(config.get("rank_pattern"), name, config.get("r"))
     alpha = _lookup(config.get("alpha_pattern"), name, config.get("lora_alpha"))
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise UserError(f"{folder / CONFIG}: r and lora_alpha must be numbers")
+        raise UserError(
+            f"{folder / CONFIG}: r and lora_alpha must be numbers, not {rank!r} and {alpha!r}"
+        )
     embedding, dora = name == EMBEDDING, bool(config.get("use_dora"))
     if dora and embedding:
         raise UserError(f"{folder}: DoRA on the embedding is not supported")

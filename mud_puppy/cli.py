@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -183,9 +184,9 @@ def _parse(
             )
         given[name] = value
     if extra:
-        known_words = COMMANDS if extra[0][:1] != "-" else parser._option_string_actions
-        hint = _verb_hint(argv) or nearest(extra[0], known_words)
-        raise UserError(f"unexpected argument {extra[0]!r}.{hint} See {parser.prog} --help.")
+        raise UserError(
+            f"unexpected argument {extra[0]!r}.{_verb_hint(argv)} See {parser.prog} --help."
+        )
     return given
 
 
@@ -196,9 +197,10 @@ def _refuse_unknown_flags(parser: argparse.ArgumentParser, argv: list[str]) -> N
         name = word.partition("=")[0]
         if word == "--":
             return
-        if name in known or not name.startswith("--") or " " in name:
+        # A value may be negative, and `-n3` is `-n 3`.
+        if name[:2] in known or name in known or not re.match("--?[A-Za-z]", name) or " " in name:
             continue
-        refuse(name[2:].replace("-", "_"), None, name)
+        refuse(name.lstrip("-").replace("-", "_"), None, name)
         hint = _verb_hint(argv) or nearest(name, known)
         raise UserError(f"unknown flag {name}.{hint} See {parser.prog} --help.")
 

@@ -22,6 +22,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 def nearest_file(path: Path) -> str:
     """`nearest` among what lies in the folder that should have held `path`."""
     try:
-        return nearest(path.name, [beside.name for beside in path.parent.iterdir()])
+        beside = {other.name for other in path.parent.iterdir()}
     except OSError:
         return ""
+    return nearest(path.name, beside - {path.name})

@@ -109,12 +109,12 @@ def export_run(
     config = Config.load(folder / "config.yaml")
     if merge and config.method == "full":
         raise UserError(f"{folder}: a run of method full has no adapter to merge")
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh()  # the devices of here, which may not be those of the run
     with jax.set_mesh(mesh):
         model, params = load_params(config, mesh)
         # The length of the run decides the learning rate alone, which nothing here asks for.
         prepared = prepare(config, model, params, mesh, total_steps=1)
-        state = Checkpoints(folder).restore(prepared.state, step).state
+        state = Checkpoints(folder).replace(prepared.state, step).state
         tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         if merge:
             dtype = DTYPES[config.merge_precision or config.precision]
@@ -129,7 +129,7 @@ def write_result(config: Config, out: Path, model: Model, params: Tree, tokenize
         save_hf(model, params, out, DTYPES[config.precision], tokenizer)
         return
     save_adapter(model, params, out)
-    tokenizer.save_pretrained(out)
+    write_tokenizer(out, None, tokenizer)
 
 
 def _spec(leaf: Any, layer: int | None, dtype: str | None) -> Spec:

@@ -28,6 +28,7 @@ from mud_puppy.run.loop import Course, Plan, fit
 from mud_puppy.run.memory import memory_errors
 from mud_puppy.run.prepare import Prepared, check_targets, load_params, prepare
 from mud_puppy.run.prompts import uses_chat
+from mud_puppy.run.record import changed_keys
 from mud_puppy.run.recorder import Recorder
 from mud_puppy.sampling import generate
 
@@ -74,7 +75,9 @@ def _run(config: Config, output: Path, run: Prepared, data: RunData, tokenizer: 
     checkpoints = Checkpoints(output, config.keep_checkpoints)
     state, course = run.state, Course()
     if config.resume and checkpoints.latest() is not None:
-        _, state, meta = checkpoints.restore(state)
+        if changes := changed_keys(output, config.to_dict()):
+            log.warning("not the settings that the run began with: %s", "; ".join(changes))
+        _, state, meta = checkpoints.replace(state)
         course = Course(**meta)
     elif config.resume:
         log.warning("%s has no checkpoint yet: the run starts at step 0", output)
@@ -90,13 +93,13 @@ def _run(config: Config, output: Path, run: Prepared, data: RunData, tokenizer: 
             steps, prefetch(data.train, first, plan.total_steps, config.num_workers), strict=True
         )
         ended = fit(run.step, state, batches, evaluate, plan, checkpoints, record, course)
-        state = ended.state
-        if plan.patience is not None and ended.course.best_step is not None:
-            # Early stopping keeps the best weights, not the last ones.
-            _, state, _ = checkpoints.restore(state, ended.course.best_step)
+        state, best = ended.state, ended.course.best_step
         if ended.reason == "signal":
             log.warning("stopped at step %d; go on with --resume", int(state.step))
             return _result(output, run, state, ended.reason, record)
+        if plan.patience is not None and best not in (None, int(state.step)):
+            # Early stopping keeps the best weights, not the last ones.
+            _, state, _ = checkpoints.replace(state, best)
         record.samples("after", _answers(config, run, state, tokenizer, data))
         params = run.params(state)
         write_result(config, output, run.model, params, tokenizer)
@@ -160,13 +163,17 @@ def _keep_compilations() -> None:
 
 # What a run writes. --overwrite removes this and nothing else that lies in the folder.
 _WRITTEN = (
-    "checkpoint-*",
+    "checkpoint-[0-9]*",
     "merged",
     "tensorboard",
     "wandb",
-    "adapter_*",
-    "model*.safetensors*",
-    "config.*",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "config.yaml",
     "generation_config.json",
     "metrics.jsonl",
     "run.json",

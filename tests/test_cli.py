@@ -228,6 +228,7 @@ def test_outputs_that_cannot_be_used(capsys, trained, tmp_path):
     merge = ["merge", "m", "a", "--output", str(tmp_path)]
     assert refused(capsys, *merge) == f"output {tmp_path}: is not empty; name another folder."
     assert trained == []
+    (tmp_path / "config.yaml").touch()
     assert cli.main([*run, str(tmp_path), "--resume"]) == 0
 
 

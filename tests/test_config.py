@@ -290,8 +290,11 @@ def test_output_that_holds_something(tmp_path):
     keys = BASE | {"output": str(tmp_path)}
     with pytest.raises(UserError, match=r"is not empty; go on with --resume"):
         check_output(Config.load(keys))
-    assert check_output(Config.load(keys | {"resume": True})) == tmp_path
     assert check_output(Config.load(keys | {"overwrite": True})) == tmp_path
+    with pytest.raises(UserError, match=r"holds no run to resume .*but result\)"):
+        check_output(Config.load(keys | {"resume": True}))
+    (tmp_path / "checkpoint-3").mkdir()
+    assert check_output(Config.load(keys | {"resume": True})) == tmp_path
     assert (tmp_path / "result").exists()
 
 

@@ -114,11 +114,13 @@ def test_shards_hold_what_the_index_says(source: Path, tmp_path: Path) -> None:
 def test_an_older_model_in_the_folder_is_replaced(source: Path, tmp_path: Path) -> None:
     model, params = load(source, dtype=None)
     save_hf(model, params, tmp_path, dtype=None)
-    (tmp_path / "notes.txt").write_text("mine")
+    for mine in ("notes.txt", "model_ema.safetensors"):
+        (tmp_path / mine).write_text("mine")
     save_hf(model, params, tmp_path, dtype=None, max_shard_bytes=9000)
     assert not (tmp_path / "model.safetensors").exists()
     save_hf(model, params, tmp_path, dtype=None)
-    assert [p.name for p in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+    left = sorted(p.name for p in tmp_path.glob("*.safetensors*"))
+    assert left == ["model.safetensors", "model_ema.safetensors"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

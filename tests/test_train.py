@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 import mud_puppy as mp
 from mud_puppy.cli import main
 from mud_puppy.export import export_run
+from mud_puppy.run.recorder import Recorder
 
 
 @pytest.fixture
@@ -80,6 +81,8 @@ def test_a_lora_run_leaves_what_it_says(config):
     model, base = mp.load(config["model"], dtype="float32")
     np.testing.assert_allclose(model(mp.load_adapter(base, out), tokens), want, atol=1e-6)
     assert np.abs(np.asarray(model(base, tokens) - want)).max() > 0.1
+    tokenizer = json.loads((out / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast", "a name that all know"
     samples = json.loads((out / "samples.json").read_text())
     assert len(samples["before"]) == len(samples["after"]) == 2
 
@@ -133,6 +136,60 @@ def test_early_stopping_keeps_the_best_weights(config, tmp_path):
     assert again.steps == result.steps
 
 
+def test_a_signal_keeps_the_last_state_not_the_best(config, monkeypatch, caplog):
+    record = Recorder.__call__
+
+    def call(self, step, values):
+        record(self, step, values)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Recorder, "__call__", call)
+    config |= {"eval_split": 0.25, "eval_steps": 1, "early_stopping": 50, "learning_rate": 3.0}
+    result = mp.train(config | {"max_steps": 30})
+    evals = {row["step"]: row["eval_loss"] for row in metrics(result.output) if "eval_loss" in row}
+    evals.pop(0)
+    assert min(evals, key=evals.__getitem__) < 6, "or the test shows nothing"
+    assert (result.reason, result.steps) == ("signal", 6)
+    assert "stopped at step 6" in caplog.text
+
+
+def test_other_settings_on_resume_are_said(config, caplog):
+    mp.train(config | {"max_steps": 1})
+    again = config | {"resume": True, "save_steps": 2}
+    mp.train(again | {"max_steps": 2})
+    assert "not the settings" not in caplog.text
+    mp.train(again | {"max_steps": 3, "seed": 5, "lora_alpha": 8})
+    assert "lora_alpha: 32.0, now 8.0; seed: 0, now 5" in caplog.text
+
+
+def test_what_is_resumed_replaces_the_first_state(config, monkeypatch):
+    mp.train(config | {"max_steps": 1})
+    alive = []
+
+    def fit_(step, state, *others):
+        alive.append(prepared[-1].state)
+        return fit(step, state, *others)
+
+    prepared, module = [], sys.modules["mud_puppy.train"]
+    make, fit = module.prepare, module.fit
+    monkeypatch.setattr(module, "prepare", lambda *a: prepared.append(make(*a)) or prepared[-1])
+    monkeypatch.setattr(module, "fit", fit_)
+    mp.train(config | {"resume": True, "max_steps": 2})
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(alive[0]))
+
+
+def test_overwrite_removes_what_a_run_wrote_and_nothing_else(config):
+    out = mp.train(config | {"max_steps": 2, "save_steps": 1}).output
+    mine = ["adapter_v1/weights", "checkpoint-best/x", "config.notes", "model_old.safetensors"]
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    mp.train(config | {"max_steps": 1, "overwrite": True})
+    assert all((out / name).read_text() == "mine" for name in mine)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", mine[1][:-2]]
+
+
 def test_export_of_a_checkpoint_is_the_result(config, tmp_path):
     config |= {"save_steps": 3}
     result = mp.train(config)
@@ -140,6 +197,9 @@ def test_export_of_a_checkpoint_is_the_result(config, tmp_path):
     assert same(result.output / ADAPTER, tmp_path / "last" / ADAPTER)
     export_run(result.output, tmp_path / "third", step=3)
     assert not same(result.output / ADAPTER, tmp_path / "third" / ADAPTER)
+    # A run of many devices is exported where there are few.
+    text = (result.output / "config.yaml").read_text()
+    (result.output / "config.yaml").write_text(text.replace("fsdp=1", "fsdp=64"))
     export_run(result.output, tmp_path / "merged", merge=True)
     model, params = mp.load(tmp_path / "merged", dtype="float32")
     tokens = jnp.arange(12)[None]
@@ -164,6 +224,25 @@ def test_an_adapter_is_continued_or_stacked(config, tmp_path):
     np.testing.assert_allclose(stacked.model(stacked.params, tokens), want, atol=1e-5)
     shapes = {x.shape for x in load_file(tmp_path / "stacked" / ADAPTER).values()}
     assert (6, 32) in shapes, "ranks 4 and 2 in one adapter"
+
+
+def test_a_stacked_run_trains_the_new_adapter_alone(config, tmp_path):
+    first = mp.train(config)
+    stack = {"adapter": str(first.output), "adapter_mode": "stack", "lora_dropout": 0.5}
+    config |= stack | {"output": str(tmp_path / "stacked")}
+    result = mp.train(config | {"lora_targets": "q_proj"})
+
+    def module(params, name):
+        part = "mlp" if name == "up_proj" else "self_attn"
+        return params["layers"][0][0][part][name]["weight"]
+
+    for name in ("up_proj", "k_proj"):
+        old, now = module(first.params, name), module(result.params, name)
+        assert np.array_equal(old.a, now.a) and np.array_equal(old.b, now.b)
+    assert np.abs(module(result.params, "q_proj").b).max() > 0
+    with pytest.raises(mp.UserError, match="has a DoRA in a stack"):
+        mp.train(config | {"lora_dora": True, "output": str(tmp_path / "dora")})
+    assert not (tmp_path / "dora" / "metrics.jsonl").exists(), "refused before training"
 
 
 def test_fp16_trains(config):

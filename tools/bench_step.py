@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--segment", type=int, default=0, help="tokens of a packed example")
+    parser.add_argument("--mesh", help="e.g. data=2,fsdp=4; default: all devices on fsdp")
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
     config = Config.load(
@@ -93,7 +94,7 @@ def main() -> None:
         )
     )
     arch = read_config(LlamaConfig(rms_norm_eps=1e-5, rope_parameters=ROPE, **SHAPES[args.shape]))
-    mesh = make_mesh()
+    mesh = make_mesh(args.mesh)
     with jax.set_mesh(mesh):
         model = replace(build(arch)[0], dtype=DTYPES[args.precision])
         stored = "float32" if args.method == "full" else DTYPES[args.precision]
@@ -124,7 +125,7 @@ def main() -> None:
     )
     print(
         f"{args.shape} {args.method} {args.precision} batch {args.batch_size} x {args.length} "
-        f"segment {args.segment} remat {args.remat}: "
+        f"segment {args.segment} remat {args.remat} mesh {dict(mesh.shape)}: "
         f"{args.batch_size * args.length / step_s:,.0f} tokens/s, step {step_s * 1e3:.1f} ms "
         f"(min {min(times) * 1e3:.1f}, max {max(times) * 1e3:.1f}), "
         f"plan {planned / 2**30:.2f} GiB (temporary {plan.temp_size_in_bytes / 2**30:.2f}), "

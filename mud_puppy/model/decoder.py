@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from mud_puppy.kernels import decode_attention, flash_attention
+from mud_puppy.kernels import decode_attention
 from mud_puppy.model.arch import Arch
+from mud_puppy.model.attention import attend
 from mud_puppy.model.rope import rope_tables, rotate
 from mud_puppy.parallel import split_batch
 from mud_puppy.weights import embed, linear, linears
@@ -176,7 +177,7 @@ def _attention(
         k = rms_norm(k, p["k_norm"], arch.norm_eps)
     q, k = (rotate(y, context.cos, context.sin) for y in (q, k))
     if cache is None:
-        out = flash_attention(q, k, v, window=window, segment_ids=context.segment_ids)
+        out = attend(q, k, v, context.segment_ids, window)
     else:
         cache = _write(cache, layer, context.positions, k, v)
         out = decode_attention(q, cache.k[layer], cache.v[layer], context.positions, window=window)

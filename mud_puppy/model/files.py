@@ -131,8 +131,8 @@ def _check_shard(index: Path, name: Any) -> None:
     # Hub caches link shards to blobs elsewhere, so the name is judged, not where it resolves to.
     if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
         raise UserError(
-            f"{index}: '{name}' is no safetensors file beside the index, and no other is opened; "
-            "download the model again"
+            f"{index}: '{name}' is no safetensors file beside the index; refused, download the "
+            "model again"
         )
     if not (index.parent / name).is_file():
         raise UserError(f"{index}: shard {name} is missing; download the model again")

@@ -45,8 +45,7 @@ class Model:
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits, float32."""
-        hidden, _, _ = self.forward(params, Inputs(tokens, positions, segment_ids))
-        return logits(params, hidden)
+        return _logits(self, params, Inputs(tokens, positions, segment_ids))
 
     def forward(
         self,
@@ -58,6 +57,13 @@ class Model:
         """Hidden states after the final norm, the updated cache, and auxiliary sums by name."""
         hidden, cache = decode(self.arch, params, inputs, cache, run_layers, self.dtype)
         return hidden, cache, {}
+
+
+# Compiled: run eagerly, every call would trace and compile the scan over the layers again.
+@partial(jax.jit, static_argnums=0)
+def _logits(model: Model, params: Tree, inputs: Inputs) -> Float[Array, "B T V"]:
+    hidden, _, _ = model.forward(params, inputs)
+    return logits(params, hidden)
 
 
 class Decoder(nnx.Module):

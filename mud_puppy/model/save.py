@@ -42,7 +42,8 @@ def write_weights(
         some = {name: specs[name] for name in shard}
         write_safetensors(out / f"{file}.tmp", some, (tensor(name) for name in shard))
     # An older model's files would be read instead of, or beside, the new ones.
-    for old in (out / "config.json", out / INDEX, *out.glob("model*.safetensors")):
+    older = out.glob("model-?????-of-?????.safetensors")
+    for old in (out / "config.json", out / INDEX, out / SINGLE, *older):
         old.unlink(missing_ok=True)
     for file in files:
         os.replace(out / f"{file}.tmp", out / file)

@@ -2,6 +2,7 @@
 
 from mud_puppy.parallel.mesh import make_mesh
 from mud_puppy.parallel.rules import (
+    BATCH,
     batch_devices,
     batch_sharding,
     like,
@@ -12,6 +13,7 @@ from mud_puppy.parallel.rules import (
 )
 
 __all__ = [
+    "BATCH",
     "batch_devices",
     "batch_sharding",
     "like",

@@ -1,6 +1,7 @@
 """One table from logical axes of weights to mesh axes, and the shardings that follow from it."""
 
 import logging
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -74,14 +75,14 @@ def _leaf(mesh: Mesh, axes: tuple[str, ...], w: Any) -> Any:
     def part(x: Any, *own: str) -> Any:
         return None if x is None else weight_sharding(mesh, (*stack, *own), x.shape)
 
-    return Lora(
+    return replace(
+        w,
         base=None if w.base is None else _leaf(mesh, axes, w.base),
         a=part(w.a, "rank", in_axis),
         b=part(w.b, out_axis, "rank"),
         scale=part(w.scale),
         magnitude=part(w.magnitude, out_axis),
         key=part(w.key),
-        dropout=w.dropout,
     )
 
 

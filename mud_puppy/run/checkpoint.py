@@ -7,6 +7,7 @@ kill at any moment leaves the earlier checkpoints and at most a `.tmp`, which no
 next save removes. One process writes; several hosts are not supported. See docs/checkpoints.md.
 """
 
+import errno
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 
 from mud_puppy.errors import UserError
@@ -82,6 +84,7 @@ class Checkpoints:
             self._directory.mkdir(parents=True, exist_ok=True)
             for leftover in self._directory.glob("checkpoint-*.tmp"):
                 shutil.rmtree(leftover)
+            _check_room(self._directory, arrays)
             self._orbax.save(tmp / "state", args=ocp.args.PyTreeSave(arrays))
         except (OSError, ValueError) as error:
             raise self._give_up(step, tmp, error) from error
@@ -134,6 +137,14 @@ class Checkpoints:
             raise UserError(f"no checkpoint in {self._directory}: there is nothing to resume")
         others = [s for s in steps if s not in damage]
         raise UserError(f"{self._damaged(damage)}; {_there_are(others)}")
+
+    def replace(self, state: Any, step: int | None = None) -> Restored:
+        """`restore` in place of `state`, arrays that are freed first: two may not fit."""
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
+        jax.tree.map(lambda x: x.delete(), state)
+        return self.restore(target, step)
 
     def _read(self, target: Any, step: int, damage: dict[int, str]) -> Restored:
         path = self._path(step)
@@ -202,6 +213,12 @@ class Checkpoints:
             f"{self._path(max(earlier)).name} is intact" if earlier else "there is no earlier one"
         )
         return UserError(f"cannot write checkpoint {self._path(step)}: {reason}; {left}")
+
+
+def _check_room(directory: Path, arrays: dict[str, Any]) -> None:
+    """Asked before: TensorStore, when it finds the disk full, prints tracebacks beside our line."""
+    if shutil.disk_usage(directory).free < sum(array.nbytes for array in arrays.values()):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _remove(path: Path) -> None:

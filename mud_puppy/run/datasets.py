@@ -82,6 +82,7 @@ def _loader(
     if config.tokens_per_batch is not None:
         length = row_length(data.examples, config.max_seq_length, config.pack_sequences)
         batch_size = batch_size_for(config.tokens_per_batch, length)
+        batch_size = max(batch_devices, batch_size // batch_devices * batch_devices)
     if batch_size % batch_devices:
         raise UserError(
             f"batch_size {batch_size} rows cannot be split over {batch_devices} devices; "

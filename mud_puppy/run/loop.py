@@ -36,6 +36,9 @@ class Plan:
     save_steps: int | None = None
     patience: int | None = None
 
+    def spent(self, course: "Course") -> bool:
+        return self.patience is not None and course.worse >= self.patience
+
 
 @dataclass(frozen=True)
 class Course:
@@ -75,6 +78,8 @@ def fit(
     course: Course,
 ) -> Ended:
     """Runs from the state's step to the plan's end. `batches` yields (step number, batch)."""
+    if plan.spent(course):  # a run that had ended so, and is resumed
+        return Ended("early stopping", state, course)
     window = Window()
     with _signals() as stop:
         for number, batch in batches:
@@ -86,34 +91,54 @@ def fit(
                 listen(done, _finite(window.close(), done, checkpoints))
             improved = False
             if evaluate is not None and _due(done, plan.eval_steps, last):
-                values = evaluate(state)
+                with window.paused():
+                    values = evaluate(state)
                 listen(done, values)
                 course = course.after(values["eval_loss"], done)
                 improved = course.best_step == done
-            spent = plan.patience is not None and course.worse >= plan.patience
-            if _due(done, plan.save_steps, last) or improved or spent or stop.is_set():
+            spent, stopped = plan.spent(course), stop.is_set()
+            if _due(done, plan.save_steps, last) or improved or spent or stopped:
                 score = course.best_loss if improved else None
-                checkpoints.save(done, state, asdict(course), score)
-            if spent or stop.is_set():
+                with window.paused():
+                    checkpoints.save(done, state, asdict(course), score)
+            if spent or stopped:
                 reason = "early stopping" if spent else "signal"
                 break
         else:
             reason = "done"
-    checkpoints.wait()
+        checkpoints.wait()
     return Ended(reason, state, course)
 
 
 class Window:
-    """Sums of metrics between two logged lines; nothing is fetched from the device before."""
+    """Sums of metrics between two logged lines; nothing is fetched from the device before.
+
+    The clock starts behind the first step, which was compiled, and stands while `paused`.
+    """
 
     def __init__(self) -> None:
         self._metrics: list[Tree] = []
-        self._tokens = 0
-        self._start = time.perf_counter()
+        self._tokens = self._timed_tokens = 0
+        self._start: float | None = None
 
     def add(self, metrics: Tree, batch: Batch) -> None:
         self._metrics.append(metrics)
-        self._tokens += int(np.count_nonzero(batch["segment_ids"]))
+        tokens = int(np.count_nonzero(batch["segment_ids"]))
+        self._tokens += tokens
+        if self._start is None:
+            jax.block_until_ready(metrics)
+            self._start = time.perf_counter()
+        else:
+            self._timed_tokens += tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in here is not training; waits for the steps under way first."""
+        jax.block_until_ready(self._metrics)
+        before = time.perf_counter()
+        yield
+        if self._start is not None:
+            self._start += time.perf_counter() - before
 
     def close(self) -> dict[str, float]:
         """Means since the last close, tokens/s and memory; waits for the device."""
@@ -121,9 +146,10 @@ class Window:
         values |= {name: means(self._metrics[-1:])[name] for name in _LAST if name in values}
         values["tokens"] = self._tokens
         now = time.perf_counter()
-        values["tokens_per_s"] = self._tokens / (now - self._start)
+        if self._start is not None and self._timed_tokens:
+            values["tokens_per_s"] = self._timed_tokens / (now - self._start)
         values["memory_gib"] = memory_gib()
-        self._metrics, self._tokens, self._start = [], 0, now
+        self._metrics, self._tokens, self._timed_tokens, self._start = [], 0, 0, now
         return values
 
 
@@ -155,12 +181,16 @@ def _due(done: int, every: int | None, last: bool) -> bool:
 
 
 def _finite(values: dict[str, float], done: int, checkpoints: Checkpoints) -> dict[str, float]:
-    """A run whose loss is no number has nothing left to learn."""
-    if not math.isfinite(values["loss"]):
+    """A run whose loss is no number has nothing left to learn, nor one whose gradient is none,
+    unless it is fp16, which skips such steps."""
+    checked = ("loss",) if "loss_scale" in values else ("loss", "grad_norm")
+    for name in checked:
+        if math.isfinite(values[name]):
+            continue
         saved = checkpoints.latest()
         kept = f"checkpoint-{saved} is intact" if saved else "no checkpoint was written yet"
         raise UserError(
-            f"the loss became {values['loss']} at step {done}; lower the learning rate, add warmup "
+            f"the {name} became {values[name]} at step {done}; lower the learning rate, add warmup "
             f"or use --precision bf16 or fp32 ({kept})"
         )
     return values

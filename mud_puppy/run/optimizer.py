@@ -1,8 +1,8 @@
 """Optimizers from optax, as one transformation over the trained leaves.
 
 Norms and biases are not decayed (as in transformers' Trainer). LoRA+ (arXiv:2402.12354) multiplies
-the whole update of every `b`. Stacked layers are one leaf [n, out, in]; Muon orthogonalises each
-matrix of the stack on its own.
+the whole update of every `b`. Stacked layers are one leaf [n, out, in]; Adafactor clips and Muon
+orthogonalises each matrix of the stack on its own.
 """
 
 from typing import Any
@@ -42,15 +42,24 @@ def make_optimizer(
 def _rules(train: Tree, beta1: float, beta2: float, epsilon: float) -> dict[str, Any]:
     return {
         "adamw": optax.scale_by_adam(beta1, beta2, epsilon),
-        "adafactor": optax.chain(
-            optax.scale_by_factored_rms(),
-            optax.clip_by_block_rms(1.0),
-            optax.scale_by_param_block_rms(),
-        ),
+        # Not scaled by the parameter's size (transformers' Trainer neither): a fresh B is zero and
+        # would move by 1e-3 of the rate.
+        "adafactor": optax.chain(optax.scale_by_factored_rms(), _clip_rms()),
         "lion": optax.scale_by_lion(),
         "sgd": optax.identity(),
         "muon": _muon(train),
     }
+
+
+def _clip_rms() -> optax.GradientTransformation:
+    """Adafactor's clipping (1804.04235, 5): no matrix moves by more than 1 in the mean square."""
+
+    def clip(path: tuple, u: jax.Array) -> jax.Array:
+        own = tuple(range("layers" in _names(path), u.ndim))
+        rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=own, keepdims=True))
+        return u / jnp.maximum(1.0, rms)
+
+    return optax.stateless(lambda updates, params: jax.tree.map_with_path(clip, updates))
 
 
 def _muon(train: Tree) -> optax.GradientTransformation:

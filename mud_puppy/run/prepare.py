@@ -26,7 +26,9 @@ from mud_puppy.run.step import State, init_state, make_eval, make_step
 from mud_puppy.weights import (
     Lora,
     add_lora,
+    check_savable,
     combine,
+    freeze_lora,
     is_weight,
     load_adapter,
     match_targets,
@@ -70,7 +72,9 @@ def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
     if config.method == "full":
         return model, params
     if config.adapter is not None:
-        params = _set_dropout(load_adapter(params, config.adapter), config.lora_dropout)
+        params = load_adapter(params, config.adapter)
+        stack = config.adapter_mode == "stack"
+        params = freeze_lora(params) if stack else _set_dropout(params, config.lora_dropout)
     if config.adapter is None or config.adapter_mode == "stack":
         params = add_lora(
             params,
@@ -82,6 +86,7 @@ def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
             rslora=config.lora_rslora,
             dora=config.lora_dora,
         )
+    check_savable(params)  # not after hours of training
     return model, jax.device_put(params, shardings(mesh, axes(model.arch), params))
 
 
@@ -132,7 +137,8 @@ def prepare(
     start = partial(init_state, tx=tx, fp16=config.precision == "fp16")
     key = jax.random.key((config.seed + 1) % 2**32)
     places = _state_shardings(mesh, model, params, jax.eval_shape(start, train, key=key))
-    state = jax.jit(start, out_shardings=places)(train, key=key)
+    # Given away, because a second copy of what trains may not fit.
+    state = jax.jit(start, out_shardings=places, donate_argnums=0)(train, key=key)
     run_layers = partial(scan_layers, remat=config.gradient_checkpointing)
     step = jax.jit(
         make_step(model, method, tx, rate, run_layers, config.max_grad_norm),

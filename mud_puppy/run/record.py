@@ -53,6 +53,31 @@ def run_record(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return record
 
 
+# What may change when a run goes on, and it is still the same run.
+_FREE = frozenset(
+    "output resume overwrite max_steps epochs save_steps keep_checkpoints logging_steps log_with "
+    "sample_prompts sample_max_new_tokens num_workers preprocess_workers trust_remote_code "
+    "eval_steps early_stopping gradient_checkpointing merge_lora merge_precision mesh "
+    "device_map".split()
+)
+
+
+def changed_keys(directory: Path, config: Mapping[str, Any]) -> list[str]:
+    """Settings that are not those of the run in `directory`, such as "seed: 0, now 1"."""
+    try:
+        before = yaml.safe_load((directory / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    if not isinstance(before, dict):
+        return []
+    names = sorted({*before, *config} - _FREE)
+    return [
+        f"{name}: {before.get(name)}, now {config.get(name)}"
+        for name in names
+        if before.get(name) != config.get(name)
+    ]
+
+
 def _device() -> dict[str, Any]:
     return {
         "backend": jax.default_backend(),

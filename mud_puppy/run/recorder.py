@@ -62,7 +62,11 @@ class Recorder:
         self._progress.close()
         self._metrics.close()
         rows = read_metrics(self._output / "metrics.jsonl")
-        write_report(self._output / "report.html", self._run, rows, self._both())
+        try:
+            write_report(self._output / "report.html", self._run, rows, self._both())
+        except UserError:
+            if error is None:  # else what ended the run is what must be said
+                raise
 
     def _both(self) -> list[dict[str, str]]:
         """Samples side by side: {"prompt", "before", "after"}; what is not there is empty."""

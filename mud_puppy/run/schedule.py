@@ -28,12 +28,14 @@ def schedule(
         "constant": lambda t: jnp.ones_like(t),
     }
     decay = decays[name]
+    # As floats: an int beyond int32 cannot enter the step.
+    ramp, end = float(warmup), float(total)
 
     def rate(step: Any) -> Array:
         s = jnp.asarray(step, jnp.float32)
-        t = jnp.clip((s - warmup) / max(1, total - warmup), 0.0, 1.0)
+        t = jnp.clip((s - ramp) / max(1.0, end - ramp), 0.0, 1.0)
         # At the very end a restart would begin; transformers says 0.
         after = jnp.where((name == "cosine_with_restarts") & (t >= 1.0), 0.0, decay(t))
-        return peak * jnp.where(s < warmup, s / max(1, warmup), after)
+        return peak * jnp.where(s < ramp, s / max(1.0, ramp), after)
 
     return rate

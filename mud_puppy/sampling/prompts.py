@@ -82,6 +82,8 @@ def eos_ids(model: Model, tokenizer: Any) -> tuple[int, ...]:
     if ids is None:
         ids = json.loads(model.arch.config).get("eos_token_id")
     found = set(ids) if isinstance(ids, list) else {ids}
+    if not all(i is None or (isinstance(i, int) and i < 2**31) for i in found):
+        raise UserError(f"{model.source}: eos_token_id {ids!r} is no token id, nor a list of them")
     found |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)}
     return tuple(sorted(found - {None}))
 

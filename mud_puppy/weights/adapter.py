@@ -38,8 +38,9 @@ def save_adapter(model: Any, params: Tree, out: str | Path) -> None:
     """Writes the adapters of `params` as one PEFT folder; `model` names the base in its config.
 
     Adapters stacked on one weight become one with their ranks in a row. UserError when there are
-    none, or when one of a stack is DoRA (its norm is of the sum, which one adapter cannot say).
+    none, and as `check_savable` says.
     """
+    check_savable(params)
     parts: dict[str, Part] = {}
     map_modules(lambda names, w: parts.update(_parts(names, w)), lambda name: None, params)
     if not parts:
@@ -48,6 +49,31 @@ def save_adapter(model: Any, params: Tree, out: str | Path) -> None:
     write_adapter(
         Path(out).expanduser(), parts, module_names(params), max(dropouts), model.source or ""
     )
+
+
+def check_savable(params: Tree) -> None:
+    """UserError when no single PEFT folder can hold the adapters of `params`.
+
+    That is when one of a stack is DoRA (its norm is of the sum), or some modules have one and
+    others a plain adapter (PEFT would give those magnitudes of its own).
+    """
+    chains: dict[str, list[Lora]] = {}
+    map_modules(lambda names, w: chains.update({names[0]: _chain(w)}), lambda name: None, params)
+    kinds: dict[bool, str] = {}
+    for name, chain in chains.items():
+        dora = any(lora.magnitude is not None for lora in chain)
+        if dora and len(chain) > 1:
+            raise UserError(
+                f"'{name}' has a DoRA in a stack of adapters, which no single adapter equals: "
+                "merge the lower one into the base first"
+            )
+        if chain:
+            kinds[dora] = name
+    if len(kinds) > 1:
+        raise UserError(
+            f"'{kinds[True]}' has a DoRA adapter and '{kinds[False]}' a plain one, which no single "
+            "adapter can say: merge the older one into the base first"
+        )
 
 
 def _shapes(names: list[str], w: Any) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -90,11 +116,6 @@ def _parts(names: list[str], w: Any) -> Iterator[tuple[str, Part]]:
     if not isinstance(w, Lora):
         return
     chain = _chain(w)
-    if len(chain) > 1 and any(lora.magnitude is not None for lora in chain):
-        raise UserError(
-            f"'{names[0]}' has a DoRA in a stack of adapters, which no single adapter equals: "
-            "merge the lower one into the base first"
-        )
     for layer, name in enumerate(names):
         at = layer if base_of(w).ndim == 3 else ...
         yield name, _joined([_at(lora, at) for lora in chain])

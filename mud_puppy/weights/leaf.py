@@ -3,7 +3,7 @@
     Weight = Array | Lora        (Quantized and FakeQuant join with the quantization issue)
 
 A layer never asks which one it has: `linear(x, w)` does. `Lora(base=Lora(...))` is a frozen adapter
-under a new one; only the outermost adapter trains.
+under a new one; only the outermost adapter trains, and that not when it is marked `frozen`.
 """
 
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ class Lora:
         magnitude  float32 [out] or None
         key        PRNG key [] or None; when set, the adapter's input is dropped out with rate
                    `dropout` (a static float)
+        frozen     static: this adapter does not train, and has no dropout (`freeze_lora`)
     """
 
     # Any: JAX rebuilds leaves with tracers, specs and None; checks belong to `add_lora`.
@@ -35,6 +36,7 @@ class Lora:
     magnitude: Any = None
     key: Any = None
     dropout: float = field(default=0.0, metadata={"static": True})
+    frozen: bool = field(default=False, metadata={"static": True})
 
 
 def is_weight(leaf: Any) -> bool:

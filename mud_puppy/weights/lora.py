@@ -9,6 +9,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -92,8 +93,21 @@ def merge_lora(params: Tree) -> Tree:
 
 
 def strip_lora(params: Tree) -> Tree:
-    """The model without the outermost adapters; shares every buffer."""
-    return jax.tree.map(lambda w: w.base if isinstance(w, Lora) else w, params, is_leaf=is_weight)
+    """The model without the adapters that train; shares every buffer."""
+
+    def strip(w: Any) -> Any:
+        return w.base if isinstance(w, Lora) and not w.frozen else w
+
+    return jax.tree.map(strip, params, is_leaf=is_weight)
+
+
+def freeze_lora(params: Tree) -> Tree:
+    """Marks the adapters of `params` as part of the model: only those added later train."""
+
+    def freeze(w: Any) -> Any:
+        return replace(w, frozen=True) if isinstance(w, Lora) else w
+
+    return jax.tree.map(freeze, params, is_leaf=is_weight)
 
 
 def with_dropout(params: Tree, key: PRNGKeyArray | None) -> Tree:
@@ -105,9 +119,9 @@ def with_dropout(params: Tree, key: PRNGKeyArray | None) -> Tree:
 
 def _keyed(w: Lora, key: PRNGKeyArray | None, index: int) -> Lora:
     keys = None
-    if key is not None and w.dropout > 0:
+    if key is not None and w.dropout > 0 and not w.frozen:
         keys = jax.random.split(jax.random.fold_in(key, index), w.a.shape[:-2])
-    return Lora(w.base, w.a, w.b, w.scale, w.magnitude, keys, w.dropout)
+    return replace(w, key=keys)
 
 
 def _fresh(w: Any, rank: int, scale: float, key: PRNGKeyArray, dropout: float, dora: bool) -> Lora:

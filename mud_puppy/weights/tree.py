@@ -7,6 +7,7 @@ of groups, a group a list of p blocks whose leaves are stacked over n repeats; l
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -112,8 +113,8 @@ def _split(key: Callable, group: list[Tree], start: int) -> list[tuple[list[Tree
 def partition(params: Tree) -> tuple[Tree, Tree]:
     """(train, frozen), each the tree of `params` with None where the other has the leaf.
 
-    With adapters in the tree, the outermost adapters train (a, b, magnitude) and all else is
-    frozen; without any, everything trains.
+    With adapters in the tree, the outermost adapters train (a, b, magnitude), unless they are
+    marked frozen, and all else is frozen; without any, everything trains.
     """
     leaves = jax.tree.leaves(params, is_leaf=is_weight)
     if not any(isinstance(leaf, Lora) for leaf in leaves):
@@ -133,11 +134,12 @@ def combine(train: Tree, frozen: Tree) -> Tree:
 def _train_part(w: Any) -> Any:
     if not isinstance(w, Lora):
         return None
-    base = jax.tree.map(lambda x: None, w.base)
-    return Lora(base, w.a, w.b, None, w.magnitude, None, w.dropout)
+    if w.frozen:
+        return jax.tree.map(lambda x: None, w)
+    return replace(w, base=jax.tree.map(lambda x: None, w.base), scale=None, key=None)
 
 
 def _frozen_part(w: Any) -> Any:
-    if not isinstance(w, Lora):
+    if not isinstance(w, Lora) or w.frozen:
         return w
-    return Lora(w.base, None, None, w.scale, None, w.key, w.dropout)
+    return replace(w, a=None, b=None, magnitude=None)

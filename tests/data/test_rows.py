@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from mud_puppy.data.example import SKIP_HINT
 from mud_puppy.data.formats import Chat, Text
 from mud_puppy.data.rows import read_rows
 from mud_puppy.errors import UserError
@@ -105,7 +106,7 @@ def test_a_bad_line_stops_or_is_counted(write, line, what):
     assert what in str(caught.value) and "\n" not in str(caught.value)
     rows = read_rows(path, on_bad_rows="skip")
     assert contents(rows) == ["one", "two"]
-    assert rows.bad.count == 1 and rows.bad.messages == (str(caught.value),)
+    assert rows.bad.count == 1 and str(caught.value) == f"{rows.bad.messages[0]} {SKIP_HINT}"
 
 
 @pytest.mark.parametrize(

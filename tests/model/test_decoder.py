@@ -111,3 +111,17 @@ def test_remat_does_not_change_gradients(llama: Path, tokens: np.ndarray) -> Non
     for kind in set(REMAT) - {"none"}:
         for a, b in zip(grads(kind), expected, strict=True):
             assert np.abs(a - b).max() <= 1e-5 * max(1e-3, np.abs(b).max())
+
+
+def test_a_second_call_neither_traces_nor_compiles(llama: Path, tokens: np.ndarray) -> None:
+    model, params = load(llama, dtype="float32")
+    events: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *a, **k: events.append(name))
+    try:
+        model(params, jnp.asarray(tokens[:, :7]))
+        first, events[:] = list(events), []
+        model(params, jnp.asarray(tokens[:, :7]))
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert any("trace" in name for name in first), "the listener hears nothing"
+    assert [name for name in events if "trace" in name or "compile" in name] == []

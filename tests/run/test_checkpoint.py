@@ -470,3 +470,12 @@ def test_killed_at_any_moment_leaves_a_usable_checkpoint_and_no_partial_one(tmp_
     store.save(newest + 1, small(newest + 1))
     assert store.latest() == newest + 1
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_replace_frees_what_it_replaces(tmp_path: Path) -> None:
+    state = {"w": jnp.arange(8.0), "key": jax.random.key(3)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state)
+    other = jax.tree.map(jnp.copy, {"w": jnp.zeros(8), "key": jax.random.key(0)})
+    assert_same(checkpoints.replace(other).state, state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(other))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from transformers.optimization import Adafactor
 
 from mud_puppy.run.optimizer import make_optimizer
 from mud_puppy.run.schedule import schedule
@@ -43,6 +44,32 @@ def test_adamw_is_torchs():
         move, state = tx.update({"weight": jnp.asarray(g)}, state, ours)
         ours = optax.apply_updates(ours, move)
     np.testing.assert_allclose(ours["weight"], p.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_adafactor_is_transformers_layer_by_layer():
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(2, 128, 160)).astype(np.float32)
+    gs = rng.normal(size=(4, 2, 128, 160)).astype(np.float32)
+    gs[1:, 1] *= 30  # only the second layer is clipped
+    ps = [torch.nn.Parameter(torch.tensor(x)) for x in w]
+    theirs = Adafactor(ps, lr=0.1, scale_parameter=False, relative_step=False)
+    for g in gs:
+        for p, x in zip(ps, g, strict=True):
+            p.grad = torch.tensor(x)
+        theirs.step()
+    want = np.stack([p.detach().numpy() for p in ps])
+
+    def ours(name):
+        params = {name: jnp.asarray(w)}
+        tx = make_optimizer("adafactor", RATE, params)
+        state = tx.init(params)
+        for g in gs:
+            move, state = tx.update({name: jnp.asarray(g)}, state, params)
+            params = optax.apply_updates(params, move)
+        return params[name]
+
+    np.testing.assert_allclose(ours("layers"), want, rtol=1e-4, atol=1e-5)
+    assert np.abs(ours("one matrix") - want).max() > 0.01
 
 
 def test_lora_plus_multiplies_b(tiny):

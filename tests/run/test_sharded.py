@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mud_puppy.config import Config
-from mud_puppy.model import axes
+from mud_puppy.kernels import flash_attention
+from mud_puppy.model import attention, axes
 from mud_puppy.parallel import make_mesh, shardings
 from mud_puppy.run.prepare import prepare
 from mud_puppy.weights import add_lora, partition
@@ -104,3 +105,32 @@ def test_frozen_weights_are_not_given_away(tiny, random_batch):
         run.step(run.state, random_batch(0, 2, 8))
     assert not any(x.is_deleted() for x in jax.tree.leaves(run.frozen))
     assert all(x.is_deleted() for x in jax.tree.leaves(partition(run.params(run.state))[0]))
+
+
+def test_what_trains_is_not_copied(tiny):
+    model, params = tiny
+    params = jax.tree.map(jnp.array, add_lora(params, 8, 16, key=jax.random.key(1)))
+    mesh = make_mesh("data=1,fsdp=1")
+    params = jax.device_put(params, shardings(mesh, axes(model.arch), params))
+    prepare(config("lora"), model, params, mesh, STEPS)
+    train, frozen = partition(params)
+    assert all(x.is_deleted() for x in jax.tree.leaves(train))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))
+
+
+@pytest.mark.parametrize(("rows", "local"), [(8, 1), (4, 4)])
+def test_attention_runs_on_each_devices_own_rows(tiny, random_batch, monkeypatch, rows, local):
+    """XLA must not partition a kernel: cuDNN's gradients came out wrong when it did."""
+    seen = []
+
+    def flash(q, k, v, **options):
+        seen.append(q.shape[0])
+        return flash_attention(q, k, v, **options)
+
+    monkeypatch.setattr(attention, "flash_attention", flash)
+    model, params = tiny
+    tokens = jnp.asarray(random_batch(0, 1, rows)["tokens"][0])
+    with jax.set_mesh(make_mesh("data=4,fsdp=2")):
+        sharded = jax.jit(model.__call__)(params, tokens)
+    assert set(seen) == {local}
+    np.testing.assert_allclose(sharded, model(params, tokens), atol=1e-4)

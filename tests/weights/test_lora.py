@@ -109,7 +109,7 @@ def test_a_target_in_one_block_of_a_pattern_splits_nothing() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ("q_porj", r"'q_porj' matches no module; Did you mean 'q_proj'\?"),
+        ("q_porj", r"'q_porj' matches no module\. Did you mean 'q_proj'\?"),
         (["q_proj", "layers.9.mlp.up_proj"], r"'layers\.9\.mlp\.up_proj' matches no module"),
         ("*_proj", "no regular expression"),
     ],

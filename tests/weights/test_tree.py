@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mud_puppy.weights import add_lora, combine, partition, strip_lora, with_dropout
+from mud_puppy.weights import (
+    add_lora,
+    combine,
+    freeze_lora,
+    partition,
+    strip_lora,
+    with_dropout,
+)
 
 KEY = jax.random.key(0)
 
@@ -27,11 +34,12 @@ def trees() -> dict[str, Any]:
         "lora": once,
         "dora": add_lora(plain, rank=2, dora=True, key=KEY),
         "stacked": add_lora(once, rank=3, key=KEY),
+        "frozen": freeze_lora(add_lora(plain, rank=2, dropout=0.5, key=KEY)),
         "dropout": with_dropout(add_lora(plain, rank=2, dropout=0.5, key=KEY), KEY),
     }
 
 
-@pytest.mark.parametrize("kind", ["plain", "lora", "dora", "stacked", "dropout"])
+@pytest.mark.parametrize("kind", ["plain", "lora", "dora", "stacked", "frozen", "dropout"])
 def test_combine_undoes_partition(kind: str) -> None:
     params = trees()[kind]
     train, frozen = partition(params)
@@ -65,3 +73,14 @@ def test_the_reference_costs_nothing() -> None:
     base = strip_lora(params)
     q = params["layers"][0][0]["self_attn"]["q_proj"]["weight"]
     assert base["layers"][0][0]["self_attn"]["q_proj"]["weight"] is q.base
+
+
+def test_a_frozen_adapter_is_part_of_the_model() -> None:
+    params = trees()["frozen"]
+    assert jax.tree.leaves(partition(params)[0]) == []
+    assert strip_lora(params) is not params
+    assert jax.tree.structure(strip_lora(params)) == jax.tree.structure(params)
+    assert len(jax.tree.leaves(with_dropout(params, KEY))) == len(jax.tree.leaves(params))
+    above = add_lora(params, rank=3, key=KEY)
+    assert [leaf.shape for leaf in jax.tree.leaves(partition(above)[0])] == [(2, 3, 4), (2, 4, 3)]
+    assert jax.tree.structure(strip_lora(above)) == jax.tree.structure(params)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from mud_puppy.kernels.matmul import contract_last, matmul
 
-CHUNK_BYTES = 256 * 2**20  # of one chunk's float32 logits over the whole batch
+CHUNK_BYTES = 256 * 2**20  # of one chunk's float32 logits on one device
 MIN_CHUNK = 16
 
 
@@ -129,11 +129,17 @@ def _one_hot(y: Any, like: Any) -> Any:
 def _chunks(x: Any, vocab: int) -> Any:
     """[B, T, ...] -> [n, B, C, ...], zeros after T; n C exceeds T by less than n."""
     B, T = x.shape[:2]
-    most = max(MIN_CHUNK, CHUNK_BYTES // (4 * B * vocab))
+    most = max(MIN_CHUNK, CHUNK_BYTES // (4 * (B // _shards(B)) * vocab))
     n = -(-T // most)
     size = -(-T // n)
     x = jnp.pad(x, [(0, 0), (0, n * size - T)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(B, n, size, *x.shape[2:]), 1, 0)
+
+
+def _shards(B: int) -> int:
+    """Devices of the ambient mesh (`jax.set_mesh`), which share the batch when they divide it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or B % mesh.size else mesh.size
 
 
 def _whole(x: Any, T: int) -> Any:

@@ -44,9 +44,13 @@ class Recorder:
             return
         pairs = [{"prompt": _text(prompt), "reply": reply} for prompt, reply in answers]
         self._samples[when] = pairs
-        fresh = self._output / "samples.tmp"  # a kill leaves the old file or the new one
-        fresh.write_text(json.dumps(self._samples, indent=1) + "\n")
-        os.replace(fresh, self._output / "samples.json")
+        path = self._output / "samples.json"
+        fresh = path.with_suffix(".tmp")  # a kill leaves the old file or the new one
+        try:
+            fresh.write_text(json.dumps(self._samples, indent=1) + "\n")
+            os.replace(fresh, path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
         for pair in pairs:
             self._progress.note(f"{when}: {pair['prompt']!r} -> {pair['reply']!r}")
 

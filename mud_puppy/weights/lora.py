@@ -129,8 +129,14 @@ def _fresh(w: Any, rank: int, scale: float, key: PRNGKeyArray, dropout: float, d
     bound = 1 / math.sqrt(in_dim)
     a = jax.random.uniform(key, (*stack, rank, in_dim), jnp.float32, -bound, bound)
     b = jnp.zeros((*stack, out_dim, rank), jnp.float32)
-    magnitude = jnp.linalg.norm(dense(w).astype(jnp.float32), axis=-1) if dora else None
+    magnitude = _row_norms(w) if dora else None
     return Lora(w, a, b, _full(stack, scale), magnitude, None, dropout)
+
+
+@jax.jit
+def _row_norms(w: Any) -> Array:
+    # Compiled: step by step, float32 copies of the whole stack would be made.
+    return jnp.linalg.norm(dense(w).astype(jnp.float32), axis=-1)
 
 
 def _full(stack: list[int], scale: float) -> Array:

@@ -204,3 +204,17 @@ def test_refuses_shapes_that_do_not_fit():
         f(hidden, head[:, 1:], targets)
     with pytest.raises(ValueError, match="expected targets"):
         f(hidden, head, targets[:, 1:])
+
+
+def test_chunks_are_of_what_one_device_holds(monkeypatch):
+    hidden, head, targets = inputs(tokens=64)
+    rows = jnp.tile(hidden, (8 // len(hidden) + 1, 1, 1))[:8]
+    monkeypatch.setattr(cross_entropy, "MIN_CHUNK", 1)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 8 * len(head) * 4)
+
+    def chunks():
+        return cross_entropy._chunks(rows, len(head)).shape[0]
+
+    assert chunks() == 16
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))):
+        assert chunks() == 2

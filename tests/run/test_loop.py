@@ -1,37 +1,45 @@
 """The loop alone, with a step and checkpoints that only count."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
 from mud_puppy.errors import UserError
+from mud_puppy.run.checkpoint import Checkpoints
 from mud_puppy.run.loop import Course, Plan, Window, fit
+from mud_puppy.run.step import State
 
 BATCH = {"segment_ids": np.ones((1, 2, 5), np.int32)}
 
 
-class Saved(dict):
-    """Stands for Checkpoints: {step: (course, score)}."""
+class Saved(Checkpoints):
+    """Keeps what was asked to be saved: {step: (course, score)}."""
 
-    def save(self, step, state, meta, score):
-        self[step] = (meta, score)
+    def __init__(self):
+        self.saves = {}
+
+    def save(self, step, state, meta=None, score=None):
+        self.saves[step] = (meta, score)
 
     def wait(self):
         pass
 
     def latest(self):
-        return max(self, default=None)
+        return max(self.saves, default=None)
 
 
 def run(plan, losses=(), course=Course(), first=0, **metrics):  # noqa: B008 (frozen)
-    """(ended, saved, rows); evaluation k gives losses[k]."""
+    """(ended, what was saved, rows); evaluation k gives losses[k]."""
     saved, rows, given = Saved(), [], iter(losses)
     values = {"loss": 1.0, "grad_norm": 1.0} | metrics
     ended = fit(
-        lambda state, batch: (state + 1, {k: (v, 1) for k, v in values.items()}),
-        first,
+        lambda state, batch: (
+            replace(state, step=state.step + 1),
+            {k: (v, 1) for k, v in values.items()},
+        ),
+        State(first, None, None, None),
         ((i, BATCH) for i in range(first, plan.total_steps)),
         (lambda state: {"eval_loss": next(given)}) if losses else None,
         plan,
@@ -39,16 +47,16 @@ def run(plan, losses=(), course=Course(), first=0, **metrics):  # noqa: B008 (fr
         lambda step, values: rows.append((step, values)),
         course,
     )
-    return ended, saved, rows
+    return ended, saved.saves, rows
 
 
 def test_a_run_that_stopped_early_takes_no_step_when_it_is_resumed():
     plan = Plan(20, eval_steps=1, patience=2)
     ended, saved, _ = run(plan, losses=[3.0, 2.0, 4.0, 5.0, 1.0])
-    assert (ended.reason, ended.state, ended.course.best_step) == ("early stopping", 4, 2)
+    assert (ended.reason, ended.state.step, ended.course.best_step) == ("early stopping", 4, 2)
     assert saved[4] == (asdict(ended.course), None) and saved[2][1] == 2.0
     again, saved, rows = run(plan, [1.0], ended.course, first=4)
-    assert (again.reason, again.state, again.course) == ("early stopping", 4, ended.course)
+    assert (again.reason, again.state.step, again.course) == ("early stopping", 4, ended.course)
     assert not saved and not rows
     patient = Plan(20, eval_steps=1, patience=3)
     assert run(patient, [1.0] + [9.0] * 9, ended.course, first=4)[0].course.best_step == 5

@@ -158,7 +158,7 @@ def test_dora_in_a_stack_is_refused(base: Path, make_adapter: Any, tmp_path: Pat
     with pytest.raises(UserError, match="q_proj' has a DoRA in a stack"):
         save_adapter(model, stacked, tmp_path)
     beside = add_lora(load_adapter(params, folder), 2, 2.0, "v_proj", key=jax.random.key(0))
-    with pytest.raises(UserError, match="q_proj' has a DoRA adapter and .*v_proj' a plain one"):
+    with pytest.raises(UserError, match=r"q_proj' has a DoRA adapter and .*v_proj' a plain one"):
         save_adapter(model, beside, tmp_path)
 
 

@@ -14,6 +14,7 @@ from mud_puppy.weights import (
     add_lora,
     is_weight,
     linear,
+    lora,
     match_targets,
     merge_lora,
     module_names,
@@ -256,3 +257,9 @@ def test_every_layer_and_weight_has_its_own_dropout() -> None:
 def test_dora_on_an_embedding_is_refused() -> None:
     with pytest.raises(UserError, match="DoRA is not defined for embeddings"):
         add_lora(make_params(), targets="embed_tokens", dora=True, key=KEY)
+
+
+def test_magnitudes_are_made_without_a_float32_copy() -> None:
+    w = jax.ShapeDtypeStruct((4, 256, 256), jnp.bfloat16)
+    plan = lora._row_norms.lower(w).compile().memory_analysis()
+    assert plan is not None and plan.temp_size_in_bytes < 4 * 256 * 256

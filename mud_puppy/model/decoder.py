@@ -19,7 +19,7 @@ from mud_puppy.kernels import decode_attention
 from mud_puppy.model.arch import Arch
 from mud_puppy.model.attention import attend
 from mud_puppy.model.rope import rope_tables, rotate
-from mud_puppy.parallel import split_batch
+from mud_puppy.parallel import split_batch, split_lookup
 from mud_puppy.weights import embed, linear, linears
 
 Tree = Any
@@ -79,7 +79,7 @@ def decode(
     positions = inputs.positions
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = embed(params["embed"], tokens)
+    x = split_lookup(embed(params["embed"], tokens))
     if inputs.embeds is not None:
         given = inputs.embeds[jnp.maximum(inputs.embed_index, 0)].astype(x.dtype)
         x = jnp.where(inputs.embed_index[..., None] >= 0, given, x)

@@ -8,6 +8,7 @@ Sources: RoFormer arXiv:2104.09864; YaRN arXiv:2309.00071; Llama 3.1 model card.
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -64,21 +65,26 @@ def read_rope(spec: dict[str, Any], head_dim: int, max_positions: int) -> Rope:
 
 
 def rope_tables(
-    rope: Rope, positions: Int[Array, "B T"], real: Int[Array, "B T"] | None
+    rope: Rope, positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """cos and sin, float32 [B, T, hd/2]. `real` is non-zero where a token is not padding."""
+    """cos and sin, float32 [B, T, hd/2]. segments: each token's example, 0 for padding."""
     inv_freq = jnp.asarray(rope.inv_freq, jnp.float32)
     if rope.dynamic is not None:
         theta, factor, limit = rope.dynamic
-        # Row by row, so that a sequence does not change with those beside it in the batch.
-        kept = positions if real is None else jnp.where(real > 0, positions, 0)
-        longest = jnp.max(kept, axis=-1)[:, None, None] + 1
+        # Example by example, so that none changes with those beside it in the batch or the row.
+        segments = jnp.zeros_like(positions) if segments is None else segments
+        longest = jax.vmap(_longest)(positions, segments)[..., None] + 1
         stretch = factor * jnp.maximum(longest, limit) / limit - (factor - 1)
         dim = 2 * len(rope.inv_freq)
         base = theta * stretch.astype(jnp.float32) ** (dim / (dim - 2))
         inv_freq = 1.0 / base ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     angle = positions[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angle) * rope.scale, jnp.sin(angle) * rope.scale
+
+
+def _longest(positions: Int[Array, " T"], segments: Int[Array, " T"]) -> Int[Array, " T"]:
+    """The last position of each token's segment."""
+    return jax.ops.segment_max(positions, segments, num_segments=len(segments) + 1)[segments]
 
 
 def rotate(

@@ -9,6 +9,7 @@ from mud_puppy.parallel.rules import (
     replicated,
     shardings,
     split_batch,
+    split_lookup,
     weight_sharding,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "replicated",
     "shardings",
     "split_batch",
+    "split_lookup",
     "weight_sharding",
 ]

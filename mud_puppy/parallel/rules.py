@@ -97,6 +97,18 @@ def split_batch(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
+def split_lookup(x: Array) -> Array:
+    """Rows [B, T, D] from a table that is split over its width: batch over data, width over fsdp.
+
+    `split_batch` is one all-to-all from there. Without this, on a mesh with both axes, XLA gathers
+    the whole batch's gradient on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or x.shape[0] % mesh.size or x.shape[2] % mesh.shape["fsdp"]:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec("data", None, "fsdp"))
+
+
 def like(leaf_shardings: Tree, shapes: Tree, otherwise: NamedSharding) -> Tree:
     """Shardings for a tree that repeats another tree inside it (optimizer moments): a leaf at the
     same inner path gets the same sharding when its rank allows it, others get `otherwise`."""

@@ -1,5 +1,6 @@
 """The decoder beyond plain logits: cache, packed rows, given embeddings, Flax skeleton, remat."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,21 @@ def test_packed_examples_do_not_see_each_other(llama: Path) -> None:
     assert close(call(params, packed, positions, segments), apart)
     one_segment = np.ones_like(segments)
     assert not close(call(params, packed, positions, one_segment), apart, 1e-3)
+
+
+def test_dynamic_rope_stretches_each_packed_example_alone(llama: Path) -> None:
+    model, params = load(llama, dtype="float32")
+    stretched = model.arch.replace(rope=replace(model.arch.rope, dynamic=(1e4, 4.0, 12)))
+    model = replace(model, arch=stretched)
+    call = jax.jit(model.__call__)
+    first, second = np.arange(1, 11, dtype=np.int32)[None], np.arange(30, 54, dtype=np.int32)[None]
+    packed = np.concatenate([first, second], axis=1)
+    positions = np.concatenate([np.arange(10), np.arange(24)])[None].astype(np.int32)
+    segments = np.repeat([1, 2], [10, 24])[None].astype(np.int32)
+    apart = np.concatenate([call(params, first), call(params, second)], axis=1)
+    assert close(call(params, packed, positions, segments), apart)
+    plain = replace(model, arch=stretched.replace(rope=replace(stretched.rope, dynamic=None)))
+    assert not close(jax.jit(plain.__call__)(params, second), apart[:, 10:], 1e-3), "not beyond"
 
 
 def test_padding_changes_nothing(llama: Path, tokens: np.ndarray) -> None:

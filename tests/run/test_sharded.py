@@ -1,5 +1,7 @@
 """Eight simulated devices train as one; the second step neither traces nor compiles."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,3 +136,13 @@ def test_attention_runs_on_each_devices_own_rows(tiny, random_batch, monkeypatch
         sharded = jax.jit(model.__call__)(params, tokens)
     assert set(seen) == {local}
     np.testing.assert_allclose(sharded, model(params, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["fsdp=8", "data=2,fsdp=4"])
+def test_no_device_gathers_the_batch(tiny, random_batch, spec):
+    """Weights are gathered, a layer at a time; activations and their gradients never are."""
+    mesh, run = start(tiny, "full", spec)
+    with jax.set_mesh(mesh):
+        text = run.lower(random_batch(0, 1, 8)).compile().as_text()
+    gathered = re.findall(r"= \(?(?:f32|bf16)\[([\d,]*)\].* all-gather\(", text)
+    assert gathered and not any(shape.startswith("8,32,") for shape in gathered)  # [B, T, ...]

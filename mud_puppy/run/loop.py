@@ -49,7 +49,9 @@ class Course:
     worse: int = 0
 
     def after(self, loss: float, step: int) -> "Course":
-        if self.best_loss is None or loss < self.best_loss:
+        best = self.best_loss
+        # A first evaluation that is no number is beaten by any that is one.
+        if best is None or loss < best or math.isnan(best):
             return Course(loss, step, 0)
         return replace(self, worse=self.worse + 1)
 

@@ -93,3 +93,10 @@ def test_only_training_counts_for_the_speed(monkeypatch):
     step(60)
     step(2)
     assert window.close()["tokens_per_s"] == 5, "the first step is no part of it"
+
+
+def test_an_evaluation_that_is_no_number_is_beaten_and_beats_nothing():
+    course = Course().after(np.nan, 1).after(2.0, 2)
+    assert (course.best_step, course.worse) == (2, 0)
+    course = course.after(np.nan, 3).after(2.0, 4)
+    assert (course.best_step, course.worse) == (2, 2)

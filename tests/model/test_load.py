@@ -331,7 +331,6 @@ def big(llama: Path, tmp_path_factory: Any) -> tuple[Path, int, int]:
     return folder, sum(sizes), max(sizes)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_host_memory_is_the_model_and_one_tensor(llama: Path, big: tuple[Path, int, int]) -> None:
     folder, size, largest = big
     assert size > 250e6

@@ -6,7 +6,7 @@ here; streaming and pipelined runners come from `parallel/`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from mud_puppy.model.attention import attend
 from mud_puppy.model.rope import rope_tables, rotate
 from mud_puppy.parallel import split_batch, split_lookup
 from mud_puppy.weights import embed, linear, linears
+from mud_puppy.weights.tree import repeats, spans
 
 Tree = Any
 
@@ -55,6 +56,7 @@ class Cache:
 class Context:
     """What every layer reads and none changes."""
 
+    arch: Arch = field(metadata={"static": True})
     positions: Any
     segment_ids: Any
     cos: Any
@@ -85,17 +87,12 @@ def decode(
         x = jnp.where(inputs.embed_index[..., None] >= 0, given, x)
     x = split_batch(x if dtype is None else x.astype(dtype))
     cos, sin = rope_tables(arch.rope, positions, inputs.segment_ids)
-    context = Context(positions, inputs.segment_ids, cos, sin)
-    start = 0
-    for group in params["layers"]:
+    context = Context(arch, positions, inputs.segment_ids, cos, sin)
+    for group, start in spans(params):
         windows = arch.windows[start : start + len(group)]
-        layers = partial(_period, arch, windows, context)
+        layers = partial(_period, context, windows)
         x, cache = run_layers(layers, group, x, cache, start)
-        start += len(group) * jax.tree.leaves(group)[0].shape[0]
     return rms_norm(x, params["final_norm"], arch.norm_eps), cache
-
-
-REMAT = ("none", "full", "attention", "projections")
 
 
 def scan_layers(
@@ -111,14 +108,13 @@ def scan_layers(
     remat, what the backward pass finds saved: "full": only each repeat's input; "attention": its
     attention output too; "projections": also q, k, v, gate and up; "none": everything.
     """
-    n = jax.tree.leaves(group)[0].shape[0]
 
     def body(carry: Any, step: Any) -> tuple[Any, None]:
         blocks, r = step
         return layers(blocks, *carry, start + r * len(group)), None
 
     body = body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat])
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (group, jnp.arange(n)))
+    (x, cache), _ = jax.lax.scan(body, (x, cache), (group, jnp.arange(repeats(group))))
     return x, cache
 
 
@@ -130,9 +126,8 @@ _POLICIES = {
 
 
 def _period(
-    arch: Arch,
-    windows: tuple,
     context: Context,
+    windows: tuple,
     blocks: list[Tree],
     x: Array,
     cache: Cache | None,
@@ -140,35 +135,35 @@ def _period(
 ) -> tuple[Array, Cache | None]:
     """One repeat of a group's pattern; `layer` is the number of its first layer."""
     for j, (p, window) in enumerate(zip(blocks, windows, strict=True)):
-        x, cache = _block(arch, window, context, p, x, cache, layer + j)
+        x, cache = _block(context, window, p, x, cache, layer + j)
     return x, cache
 
 
 def _block(
-    arch: Arch,
-    window: int | None,
     context: Context,
+    window: int | None,
     p: Tree,
     x: Array,
     cache: Cache | None,
     layer: Array,
 ) -> tuple[Array, Cache | None]:
+    arch = context.arch
     h = rms_norm(x, p["attn_norm"], arch.norm_eps)
-    h, cache = _attention(arch, window, context, p["self_attn"], h, cache, layer)
+    h, cache = _attention(context, window, p["self_attn"], h, cache, layer)
     x = x + h
     x = x + _mlp(arch, p["mlp"], rms_norm(x, p["mlp_norm"], arch.norm_eps))
     return split_batch(x), cache
 
 
 def _attention(
-    arch: Arch,
-    window: int | None,
     context: Context,
+    window: int | None,
     p: Tree,
     x: Array,
     cache: Cache | None,
     layer: Array,
 ) -> tuple[Array, Cache | None]:
+    arch = context.arch
     *lead, _ = x.shape
     qkv = _modules(x, [p["q_proj"], p["k_proj"], p["v_proj"]])
     q, k, v = (checkpoint_name(y, "qkv").reshape(*lead, -1, arch.head_dim) for y in qkv)

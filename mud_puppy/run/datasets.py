@@ -83,6 +83,7 @@ def _loader(
         length = row_length(data.examples, config.max_seq_length, config.pack_sequences)
         batch_size = batch_size_for(config.tokens_per_batch, length)
         batch_size = max(batch_devices, batch_size // batch_devices * batch_devices)
+        log.info("tokens_per_batch: %d rows of %d a batch", batch_size, length)
     if batch_size % batch_devices:
         raise UserError(
             f"batch_size {batch_size} rows cannot be split over {batch_devices} devices; "

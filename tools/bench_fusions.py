@@ -25,7 +25,7 @@ BF16 = 2  # bytes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--mlp", type=int, default=14336)
@@ -72,10 +72,9 @@ def bench_lora(N: int, D: int, F: int, rank: int = 16) -> None:
     up, down = normal(1, (F, D)), normal(2, (D, F))
     x, g = normal(3, (N, D)), normal(4, (N, D))
 
-    def adapter(w: Any) -> Lora:
-        m, n = w.shape
-        a, b = normal(5, (rank, n)), normal(6, (m, rank))
-        return Lora(w, a.astype(jnp.float32), b.astype(jnp.float32), jnp.float32(2.0))
+    def factors(w: Any) -> tuple:
+        a, b = normal(5, (rank, w.shape[1])), normal(6, (w.shape[0], rank))
+        return a.astype(jnp.float32), b.astype(jnp.float32)
 
     def mlp(train: Any, x: Any) -> Any:
         gate, up, down = train
@@ -83,10 +82,10 @@ def bench_lora(N: int, D: int, F: int, rank: int = 16) -> None:
         return linear(jax.nn.silu(h) * u, down)
 
     def split(ab: Any, base: Any) -> Any:
-        return [Lora(w, *t, jnp.float32(2.0)) for w, t in zip(base, ab, strict=True)]
+        return [Lora(w, a, b, jnp.float32(2.0)) for w, (a, b) in zip(base, ab, strict=True)]
 
     base = [up, up * 0.5, down]
-    ab = [(adapter(w).a, adapter(w).b) for w in base]
+    ab = [factors(w) for w in base]
 
     def plain(base: Any, x: Any, g: Any) -> Any:
         y, pull = jax.vjp(lambda x: mlp(base, x), x)

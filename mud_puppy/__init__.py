@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mud_puppy.errors import UserError
     from mud_puppy.export import save_hf
     from mud_puppy.model import Cache, Inputs, Model, abstract, load, load_tokenizer
+    from mud_puppy.model.mha import FlashMHA
     from mud_puppy.parallel import make_mesh
     from mud_puppy.sampling import generate
     from mud_puppy.train import Result, train
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Cache": "model",
     "Config": "config",
+    "FlashMHA": "model.mha",
     "Inputs": "model",
     "Lora": "weights",
     "Model": "model",

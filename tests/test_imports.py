@@ -7,9 +7,11 @@ import mud_puppy
 
 ROOT = Path(mud_puppy.__file__).parent
 ORDER = (
-    "errors kernels weights losses parallel model sampling run export train commands cli".split()
+    "errors kernels rocm weights losses parallel model sampling run export train commands "
+    "cli".split()
 )
 ALONE = {"data": {"errors"}, "config": {"errors"}, "kernels": set(), "losses": set()}
+ALONE["rocm"] = {"errors", "kernels"}
 ALONE["errors"] = set()
 
 

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from mud_puppy.kernels import Quantized
 from mud_puppy.weights import Lora, is_weight
 
 Tree = Any
@@ -69,12 +70,18 @@ def _tree(mesh: Mesh, axes: Tree, params: Tree) -> Tree:
 def _leaf(mesh: Mesh, axes: tuple[str, ...], w: Any) -> Any:
     if not is_weight(w):
         return None if w is None else weight_sharding(mesh, axes, w.shape)
-    assert isinstance(w, Lora)
     *stack, out_axis, in_axis = axes
 
     def part(x: Any, *own: str) -> Any:
         return None if x is None else weight_sharding(mesh, (*stack, *own), x.shape)
 
+    if isinstance(w, Quantized):
+        names = "codes", "scales", "zeros", "minimum"
+        split = {name: part(getattr(w, name), out_axis, in_axis) for name in names}
+        # A doubly quantized scale's absmax is shared by 256 scales of whatever rows: one copy each.
+        own = None if w.nested is None else part(w.nested, "rank")
+        return replace(w, **split, nested=own, offset=part(w.offset))
+    assert isinstance(w, Lora)
     return replace(
         w,
         base=None if w.base is None else _leaf(mesh, axes, w.base),

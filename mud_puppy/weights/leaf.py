@@ -1,6 +1,6 @@
 """What a weight can be: an array, or a struct that knows its own format.
 
-    Weight = Array | Lora        (Quantized and FakeQuant join with the quantization issue)
+    Weight = Array | Quantized | Lora        (FakeQuant joins with the quantization issue)
 
 A layer never asks which one it has: `linear(x, w)` does. `Lora(base=Lora(...))` is a frozen adapter
 under a new one; only the outermost adapter trains, and that not when it is marked `frozen`.
@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from mud_puppy.kernels import Quantized
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Lora:
 
     Shapes, each behind the leading layer axis when the weight is stacked:
 
-        base       [out, in] array, or another Lora
+        base       [out, in] array, Quantized, or another Lora
         a, b       float32 [r, in], [out, r]
         scale      float32 [], alpha / r, or alpha / sqrt(r) for rsLoRA
         magnitude  float32 [out] or None
@@ -41,9 +43,9 @@ class Lora:
 
 def is_weight(leaf: Any) -> bool:
     """For `tree.map(..., is_leaf=is_weight)`: stops at a weight instead of entering it."""
-    return isinstance(leaf, Lora)
+    return isinstance(leaf, Lora | Quantized)
 
 
 def base_of(weight: Any) -> Any:
-    """The array under all adapters."""
+    """The array or Quantized under all adapters."""
     return base_of(weight.base) if isinstance(weight, Lora) else weight

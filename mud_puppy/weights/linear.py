@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mud_puppy.kernels import matmul
+from mud_puppy.kernels import Quantized, dequantize, matmul
 from mud_puppy.weights.leaf import Lora
 
 
@@ -46,7 +46,9 @@ def lora_delta(w: Lora) -> Float[Array, "... out in"]:
 
 
 def dense(w: Any) -> Float[Array, "... out in"]:
-    """The plain matrix that w stands for: float32 where an adapter was added, else w itself."""
+    """The plain matrix that w stands for: float32 where codes were decoded or an adapter added."""
+    if isinstance(w, Quantized):
+        return dequantize(w, jnp.float32)
     if not isinstance(w, Lora):
         return w
     merged = dense(w.base).astype(jnp.float32) + lora_delta(w)

@@ -6,6 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+# Of a test that draws shapes: eight parts of six draws. Hypothesis begins each part with the
+# simplest shape, so that forty-one differ.
+PARTS = [*range(4), *(pytest.param(i, marks=pytest.mark.slow) for i in range(4, 8))]
 
 
 def results(f: Callable, args: tuple, cotangents: Any) -> list:
@@ -16,14 +21,20 @@ def results(f: Callable, args: tuple, cotangents: Any) -> list:
 
 
 def compiled(f: Callable, args: tuple, cotangents: Any) -> list[np.ndarray]:
-    run = jax.jit(lambda args, cotangents: results(f, args, cotangents))
+    run = _jit(lambda args, cotangents: results(f, args, cotangents))
     return [np.asarray(x) for x in run(args, cotangents)]
+
+
+def _jit(f: Callable) -> Callable:
+    """On the CPU without LLVM's optimizer, which takes half of a test's time."""
+    cpu = jax.default_backend() == "cpu"
+    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0} if cpu else None)
 
 
 def in_float64(f: Callable, args: tuple, cotangents: Any) -> list[np.ndarray]:
     """`results` in float64 from the same rounded inputs, on the CPU whatever the device is."""
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        run = jax.jit(lambda args, cotangents: results(f, args, cotangents))
+        run = _jit(lambda args, cotangents: results(f, args, cotangents))
         return [np.asarray(x) for x in run(*jax.tree.map(wide, (args, cotangents)))]
 
 

@@ -1,6 +1,7 @@
-"""cuDNN attention on an NVIDIA card (Hopper or newer for packed rows) against the definition.
+"""Attention on an NVIDIA card (Hopper or newer for cuDNN's packed rows) against the definition.
 
-Run there with `JAX_PLATFORMS=cuda python -m pytest -m gpu tests/kernels`; deselected elsewhere.
+The Pallas kernels run with their tuned tiles here, and on lengths that take several. Run there with
+`JAX_PLATFORMS=cuda python -m pytest -m gpu tests/kernels`; deselected elsewhere.
 """
 
 import jax
@@ -21,9 +22,9 @@ def card():
     assert cudnn.on_cuda(), "no NVIDIA card: set JAX_PLATFORMS=cuda (tests/conftest.py pins cpu)"
 
 
-def inputs(B=2, T=512, H=8, K=2, D=64, dtype=jnp.bfloat16):
+def inputs(B=2, T=512, H=8, K=2, D=64, Dv=None, dtype=jnp.bfloat16):
     r = np.random.default_rng(0)
-    shapes = [(B, T, H, D), (B, T, K, D), (B, T, K, D), (B, T, H, D)]
+    shapes = [(B, T, H, D), (B, T, K, D), (B, T, K, Dv or D), (B, T, H, Dv or D)]
     return [jnp.asarray(r.normal(size=s), dtype) for s in shapes]
 
 
@@ -55,10 +56,10 @@ def differences(got, want):
         yield np.abs(g - w).max() / np.abs(w).max()
 
 
-def check(args, right, wrong):
-    """cuDNN equals the float32 definition, and differs from it with one option wrong."""
+def check(args, right, wrong, implementation="cudnn"):
+    """It equals the float32 definition, and differs from it with one option wrong."""
     dtype = args[0].dtype.type
-    got = results(args, "cudnn", **right)
+    got = results(args, implementation, **right)
     assert (
         max(differences(got, results(args, "reference", jnp.float32, **right))) < TOLERANCE[dtype]
     )
@@ -105,7 +106,8 @@ def test_one_segment_a_row_needs_no_mask():
     check(inputs(), {"segment_ids": packed(512, [512], [512])}, {"causal": False})
 
 
-def test_packed_under_scan_and_remat():
+@pytest.mark.parametrize("name", ["cudnn", "pallas"])
+def test_packed_under_scan_and_remat(name):
     """As the decoder calls it: layers in a scan, attention saved by name."""
     q, k, v, d_out = inputs()
 
@@ -118,7 +120,7 @@ def test_packed_under_scan_and_remat():
         out, _ = jax.lax.scan(jax.checkpoint(layer, policy=policy), q, None, length=3)
         return (out * d_out).astype(jnp.float32).sum()
 
-    grads = [jax.jit(jax.grad(loss), static_argnums=1)(q, name) for name in ("cudnn", "xla")]
+    grads = [jax.jit(jax.grad(loss), static_argnums=1)(q, x) for x in (name, "xla")]
     assert max(differences(grads[:1], grads[1:])) < 2 * TOLERANCE[jnp.bfloat16]
 
 
@@ -139,3 +141,45 @@ def test_xla_on_the_card(dtype):
     assert max(differences(got, want)) < TOLERANCE[dtype]
     wrong = results(args, "reference", jnp.float32, window=300)
     assert max(differences(got, wrong)) > 2 * TOLERANCE[dtype]
+
+
+def test_packed_rows_are_served_by_our_kernels():
+    q, k, v, _ = inputs()
+    text = jax.jit(lambda *args: flash_attention(*args, segment_ids=IDS)).lower(q, k, v).as_text()
+    assert "attention_forward" in text and "cudnn" not in text
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("K", "D"), [(8, 32), (2, 64), (1, 80), (2, 96), (2, 128), (2, 256)])
+def test_pallas_causal(dtype, K, D):
+    check(inputs(K=K, D=D, dtype=dtype), {}, {"causal": False}, "pallas")
+
+
+def test_pallas_latent():
+    check(inputs(D=192, Dv=128), {}, {"window": 100}, "pallas")
+
+
+PALLAS = {
+    "full": {"causal": False},
+    "window": {"window": 200},
+    "packed": {"segment_ids": IDS},
+    "packed, unordered": {"segment_ids": (IDS * 7) % 3, "causal": False},
+    "softcap": {"softcap": 2.0},
+    "dropout": {"dropout": 0.3, "dropout_seed": 3},
+}
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("case", PALLAS)
+def test_pallas_options(case, D):
+    check(inputs(D=D), PALLAS[case], {}, "pallas")
+    if case == "packed":
+        odd = inputs(T=511, D=D)
+        check(odd, {"segment_ids": IDS[:, :511]}, {}, "pallas")
+
+
+def test_pallas_gives_the_same_bits():
+    args = inputs(T=1024)
+    first, second = (results(args, "pallas", window=700) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

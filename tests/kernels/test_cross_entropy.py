@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mud_puppy.kernels import cross_entropy, matmul, token_logps
+from mud_puppy.kernels import matmul, token_logps
+from mud_puppy.kernels.cross_entropy import xla
 
 B, T, D, V = 2, 37, 16, 50
 
@@ -30,9 +31,11 @@ def _(w: Sum, x: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """Chunks of 16 tokens, so that T = 37 takes three and pads the last."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 1)
+def small_blocks(monkeypatch):
+    """Blocks of 13 tokens and chunks of 16 words, so that both do not divide T = 37 and V = 50."""
+    monkeypatch.setattr(xla, "BLOCK_TOKENS", 32)
+    monkeypatch.setattr(xla, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(xla, "ALIGN", 16)
 
 
 def inputs(dtype=jnp.float32, tokens=T):
@@ -206,15 +209,12 @@ def test_refuses_shapes_that_do_not_fit():
         f(hidden, head, targets[:, 1:])
 
 
-def test_chunks_are_of_what_one_device_holds(monkeypatch):
-    hidden, head, targets = inputs(tokens=64)
-    rows = jnp.tile(hidden, (8 // len(hidden) + 1, 1, 1))[:8]
-    monkeypatch.setattr(cross_entropy, "MIN_CHUNK", 1)
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 8 * len(head) * 4)
-
-    def chunks():
-        return cross_entropy._chunks(rows, len(head)).shape[0]
-
-    assert chunks() == 16
+def test_blocks_are_of_what_one_device_holds(monkeypatch):
+    hidden, head = jnp.zeros((8, 64, D)), jnp.zeros((64, D))
+    monkeypatch.setattr(xla, "BLOCK_TOKENS", 8 * 4)
+    monkeypatch.setattr(xla, "CHUNK_BYTES", 4 * 8 * 4 * 16)
+    assert xla.choose_blocks(hidden, head) == (4, 16)
+    assert xla.choose_blocks(hidden, head, slope=True) == (1, 64)
     with jax.set_mesh(jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))):
-        assert chunks() == 2
+        assert xla.choose_blocks(hidden, head) == (32, 16)
+        assert xla.choose_blocks(hidden, head, slope=True) == (8, 64)

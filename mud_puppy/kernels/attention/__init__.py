@@ -1,95 +1,75 @@
 """`flash_attention`: one contract, the fastest implementation that can serve the call.
 
-`cudnn` (NVIDIA), else `xla`; `reference` only where a test asks for it. An implementation declines
-with a reason, the next one runs, and the log says so once for each reason. A forced implementation
-that cannot serve the call raises ValueError.
+`cudnn` (NVIDIA), `pallas` (AMD, NVIDIA), `xla`; `reference` only where a test asks for it. An
+implementation declines with a reason, the next one runs, and the log says so once for each reason.
+A forced implementation that cannot serve the call raises ValueError.
 """
 
-import functools
-import logging
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float, Int
 
-from mud_puppy.kernels.attention import cudnn, reference, xla
+from mud_puppy.kernels.attention import cudnn, flash, reference, xla
 from mud_puppy.kernels.attention.decode import decode_attention
+from mud_puppy.kernels.attention.dropout import seed_of
+from mud_puppy.kernels.attention.plan import Options
+from mud_puppy.kernels.attention.selection import choose
 
 __all__ = ["decode_attention", "flash_attention"]
-
-IMPLEMENTATIONS = ("xla", "cudnn", "reference")
 
 
 def flash_attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    v: Float[Array, "B S K Dv"],
     *,
     causal: bool = True,
     window: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    bias: Float[Array, "#B #H T S"] | None = None,
+    dropout: float = 0.0,
+    dropout_seed: Any = None,
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """softmax(scale q k^T) v over the visible keys -> out [B, T, H, D] in q's dtype.
+    """softmax(scores) v over the visible keys -> out [B, T, H, Dv] in q's dtype.
 
-    K divides H; query head h reads key head h // (H // K). `scale` is D ** -0.5 when None. Query i
-    (counted so that the last query sits on the last key) sees key j if j <= i (causal) and
+    scores = softcap tanh(scale q k^T / softcap) + bias; `scale` is D ** -0.5 when None, and without
+    `softcap` there is no tanh. K divides H; query head h reads key head h // (H // K).
+
+    Query i (counted so that the last query sits on the last key) sees key j if j <= i (causal) and
     i - window < j (window, with causal only) and both carry the same segment id; padding is segment
-    0 and sees itself. The ids of the keys default to those of the queries. A query that sees no
-    key gives 0. Softmax and sums are float32.
+    0 and sees itself. Ids may come in any order; the kernels skip blocks whose ids do not meet. The
+    ids of the keys default to those of the queries. A bias below -1e30 hides a key. A query that
+    sees no key gives 0. Softmax and sums are float32.
 
-    With `return_lse` also float32 [B, T, H], the log-sum-exp of the visible scores (-inf if there
-    are none), which is differentiable: parts of a sequence merge by it. Raises ValueError for
-    shapes that do not fit and for an `implementation` that cannot serve the call.
+    `sinks` are logits that join each row's denominator and have no value. `dropout` is the
+    probability that a weight is set to 0 (the others grow by 1 / (1 - dropout)), decided by a hash
+    of the integer `dropout_seed`, which it needs, and the weight's place (b, h, i, j): the same in
+    all implementations. q, k, v, sinks and bias are differentiable, the same bits each time.
+
+    With `return_lse` also float32 [B, T, H], the log-sum-exp of the visible scores and the sink
+    (-inf if there are none), which is differentiable: parts of a sequence merge by it, if one of
+    them has the sinks. Raises ValueError for shapes that do not fit and for an `implementation`
+    ("pallas", "cudnn", "xla", "reference") that cannot serve the call.
     """
     if kv_segment_ids is None:
         kv_segment_ids = segment_ids
     _check(q, k, v, causal, window, segment_ids, kv_segment_ids)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    _check_extras(q, k, softcap, sinks, bias, dropout, dropout_seed)
     if window is not None and window >= k.shape[1]:
         window = None
-    name = _choose(implementation, q, k, causal, segment_ids, kv_segment_ids, return_lse)
-    attend = {"xla": xla, "cudnn": cudnn, "reference": reference}[name].attention
-    out, lse = attend(
-        q, k, v, segment_ids, kv_segment_ids, causal=causal, window=window, scale=scale
-    )
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    options = Options(causal, window, factor, softcap, dropout)
+    extras = {"sinks": sinks, "bias": bias, "seed": seed_of(dropout_seed) if dropout else None}
+    name = choose(implementation, q, k, v, segment_ids, kv_segment_ids, options, extras, return_lse)
+    attend = {"xla": xla, "pallas": flash, "cudnn": cudnn, "reference": reference}[name].attention
+    out, lse = attend(q, k, v, segment_ids, kv_segment_ids, options=options, **extras)
     return (out, lse) if return_lse else out
-
-
-def _choose(
-    implementation: str | None,
-    q: Any,
-    k: Any,
-    causal: bool,
-    q_segments: Any,
-    k_segments: Any,
-    return_lse: bool,
-) -> str:
-    if implementation in ("xla", "reference"):
-        return implementation
-    if implementation not in (None, "cudnn"):
-        raise ValueError(
-            f"attention implementation {implementation!r} is none of {IMPLEMENTATIONS}"
-        )
-    reason = cudnn.declines(q, k, causal, q_segments, k_segments, return_lse)
-    if reason is None:
-        _say(logging.INFO, "attention: cudnn")
-        return "cudnn"
-    if implementation == "cudnn":
-        raise ValueError(f"attention: cudnn cannot serve this call: {reason}")
-    # Not having an NVIDIA card is no news; declining on one costs speed.
-    level = logging.WARNING if cudnn.on_cuda() else logging.INFO
-    _say(level, f"attention: xla on {jax.default_backend()} (cudnn declined: {reason})")
-    return "xla"
-
-
-@functools.cache
-def _say(level: int, message: str) -> None:
-    """Logs each message once in a process."""
-    logging.getLogger("mud_puppy").log(level, message)
 
 
 def _check(
@@ -97,10 +77,10 @@ def _check(
 ) -> None:
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
-    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D or H % K:
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != B or k.shape[3] != D or H % K:
         raise ValueError(
-            f"attention needs q [B, T, H, D] and k, v [B, S, K, D] with K dividing H; "
-            f"got q {q.shape}, k {k.shape}, v {v.shape}"
+            f"attention needs q [B, T, H, D], k [B, S, K, D] and v [B, S, K, Dv] with K dividing "
+            f"H; got q {q.shape}, k {k.shape}, v {v.shape}"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention needs one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}")
@@ -113,3 +93,23 @@ def _check(
             f"expected segment ids {(B, T)} and {(B, S)}; got {q_segments.shape} and "
             f"{k_segments.shape}: with T != S pass kv_segment_ids"
         )
+
+
+def _check_extras(
+    q: Any, k: Any, softcap: float | None, sinks: Any, bias: Any, dropout: float, seed: Any
+) -> None:
+    B, T, H, _ = q.shape
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive; got {softcap}")
+    if sinks is not None and sinks.shape != (H,):
+        raise ValueError(f"expected sinks {(H,)}, one for each query head; got {sinks.shape}")
+    if bias is not None:
+        b, h, *rest = bias.shape
+        if b not in (1, B) or h not in (1, H) or rest != [T, k.shape[1]]:
+            raise ValueError(
+                f"expected a bias [{B} or 1, {H} or 1, {T}, {k.shape[1]}]; got {bias.shape}"
+            )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is a probability below 1; got {dropout}")
+    if dropout and seed is None:
+        raise ValueError("dropout needs a dropout_seed: an integer, another one each step")

@@ -17,28 +17,35 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.extend.backend
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
 from jax.ad_checkpoint import checkpoint_name
+
+from mud_puppy.kernels import target
+from mud_puppy.kernels.attention.plan import Options
 
 # The largest mask that a call may make; longer packed rows are XLA's, whose memory is linear in T.
 MASK_BYTES = 2**30
 
 
 def on_cuda() -> bool:
-    """True on an NVIDIA card; JAX calls AMD's platform "gpu" as well."""
-    if jax.default_backend() != "gpu":
-        return False
-    return "cuda" in jax.extend.backend.get_backend().platform_version.lower()
+    """True when the target is an NVIDIA card."""
+    return target.current().platform == "cuda"
 
 
 def declines(
-    q: Any, k: Any, causal: bool, q_segments: Any, k_segments: Any, return_lse: bool
+    q: Any,
+    k: Any,
+    v: Any,
+    q_segments: Any,
+    k_segments: Any,
+    options: Options,
+    extras: dict,
+    return_lse: bool,
 ) -> str | None:
     """Why cuDNN cannot serve this call, or None if it can."""
     if not on_cuda():
-        return f"the platform is {jax.default_backend()}, not cuda"
+        return f"the platform is {target.current().platform}, not cuda"
     T, _, D = q.shape[1:]
     S = k.shape[1]
     try:
@@ -52,7 +59,12 @@ def declines(
         return f"head_dim {D} is not a multiple of 8 up to {widest}"
     if T % 2 or S % 2:
         return "a sequence length is odd"
-    if causal and T != S:
+    if v.shape[-1] != D:
+        return f"values are {v.shape[-1]} wide, queries {D}"
+    for name, given in (*extras.items(), ("softcap", options.softcap)):
+        if given is not None:
+            return f"it is not asked for {'dropout' if name == 'seed' else name}"
+    if options.causal and T != S:
         return "it aligns the causal diagonal with the first key, not the last, when T != S"
     if return_lse:
         return "its log-sum-exp is not differentiable"
@@ -72,13 +84,13 @@ def attention(
     q_segments: Any = None,
     k_segments: Any = None,
     *,
-    causal: bool,
-    window: int | None,
-    scale: float,
+    options: Options,
+    **extras: None,
 ) -> tuple[Any, None]:
     """(out [B, T, H, D], None); only for calls that `declines` lets pass."""
-    del k_segments  # the same as q_segments, or declined
-    return _attention((causal, window, scale), q, k, v, q_segments), None
+    del k_segments, extras  # the same as q_segments, and None, or declined
+    static = options.causal, options.window, options.scale
+    return _attention(static, q, k, v, q_segments), None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,57 +1,181 @@
 """Attention of new tokens to a cache whose slot s holds the token at position s.
 
-Plain matrices: a step of generation reads the whole cache once and is bound by that. The queries of
-a long prompt go in chunks, so that the scores stay [B, H, CHUNK, S].
+`pallas` (a flash decode, for a few new tokens on an AMD or NVIDIA card), else `xla`; `reference`
+only where a test asks for it. The cache may be pages, int8 codes, or all layers at once.
 """
 
+import functools
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
 
-CHUNK = 128
+from mud_puppy.kernels import selfcheck, target
+from mud_puppy.kernels.attention import decode_pallas, decode_reference, decode_xla
+from mud_puppy.kernels.attention.decode_pallas import Cache
+
+IMPLEMENTATIONS = ("pallas", "xla", "reference")
 
 
 def decode_attention(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    k: Num[Array, "..."],
+    v: Num[Array, "..."],
     positions: Int[Array, "B T"],
     *,
     window: int | None = None,
     scale: float | None = None,
-) -> Float[Array, "B T H D"]:
+    softcap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    k_scales: Float[Array, "..."] | None = None,
+    v_scales: Float[Array, "..."] | None = None,
+    page_table: Int[Array, "B n"] | None = None,
+    layer: Any = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Any:
     """out [B, T, H, D] in q's dtype; slot j is seen iff positions - window < j <= positions.
 
-    K divides H. Slots past a row's position may hold anything finite; a position of -1 switches a
-    row off (its result is finite and means nothing). `scale` is D ** -0.5 when None.
+    k, v: [B, S, K, D], where K divides H. With `page_table` they are pages [P, page, K, D], and
+    slot j of row b is k[page_table[b, j // page], j % page]. With `layer` (int32 scalar) they have
+    a leading axis of layers, of which that one is read where it lies. int8 codes stand for
+    code * scale, k_scales and v_scales float32 of k's shape without D.
+
+    Slots past a row's position may hold anything finite; a position of -1 switches a row off (its
+    result is finite and means nothing). `scale` is D ** -0.5 when None; `softcap` c makes the
+    scores c tanh(scores / c); `sinks` are a logit for each head that takes part in the softmax and
+    has no value. With `return_lse` also float32 [B, T, H], the log-sum-exp of what is seen.
+
+    The gradient is in q, k, v and sinks. Raises ValueError for shapes that do not fit and for an
+    `implementation` that cannot serve the call.
     """
-    T, n = q.shape[1], -(-q.shape[1] // CHUNK)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    if n == 1:
-        return _attend(q, k, v, positions, window, factor)
-    chunks = [_chunks(x, n) for x in (q, positions)]
-    out = jax.lax.map(lambda c: _attend(c[0], k, v, c[1], window, factor), chunks)
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :T]
+    cache = Cache(k, v, k_scales, v_scales, page_table, layer)
+    _check(q, cache, positions)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    options: dict[str, Any] = dict(window=window, scale=factor, softcap=softcap)
+    name = _choose(implementation, q, cache)
+    if name == "pallas":
+        found: Any = _flash(q, cache, positions, sinks, tuple(options.items()))
+    else:
+        module = decode_xla if name == "xla" else decode_reference
+        found = _plain(module.attention, q, cache, positions, sinks, options)
+    return found if return_lse else found[0]
 
 
-def _attend(q: Any, k: Any, v: Any, positions: Any, window: int | None, scale: float) -> Any:
-    f32 = jnp.promote_types(q.dtype, jnp.float32)
-    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k.astype(q.dtype), preferred_element_type=f32)
-    slot, at = jnp.arange(k.shape[1]), positions[..., None]
-    seen = slot <= at
-    if window is not None:
-        seen &= slot > at - window
-    # Not -inf: a row that is switched off by position -1 must stay finite.
-    scores = jnp.where(seen[:, None, None], scores * scale, jnp.finfo(f32).min)
-    p = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", p, v.astype(q.dtype), preferred_element_type=f32)
-    return out.astype(q.dtype).reshape(q.shape)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _flash(q: Any, cache: Any, positions: Any, sinks: Any, options: tuple) -> Any:
+    return decode_pallas.attention(q, cache, positions, sinks=sinks, **dict(options))
 
 
-def _chunks(x: Any, n: int) -> Any:
-    """[B, T, ...] -> [n, B, CHUNK, ...], zeros after T."""
-    padded = jnp.pad(x, [(0, 0), (0, n * CHUNK - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(padded.reshape(x.shape[0], n, CHUNK, *x.shape[2:]), 1, 0)
+def _flash_forward(q: Any, cache: Any, positions: Any, sinks: Any, options: tuple) -> Any:
+    return _flash(q, cache, positions, sinks, options), (q, cache, positions, sinks)
+
+
+def _flash_backward(options: tuple, residuals: Any, g: Any) -> Any:
+    """That of the XLA implementation: generation, which this kernel is for, needs none."""
+    q, cache, positions, sinks = residuals
+
+    def attend(*args: Any) -> Any:
+        q, cache, sinks = args
+        return _plain(decode_xla.attention, q, cache, positions, sinks, dict(options))
+
+    d_q, d_cache, d_sinks = jax.vjp(attend, q, cache, sinks)[1](g)
+    return d_q, d_cache, None, d_sinks
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _plain(
+    attend: Callable, q: Any, cache: Cache, positions: Any, sinks: Any, options: dict
+) -> Any:
+    """`attend` on the cache as [B, S, K, D]: one layer, its pages in order, codes decoded."""
+    dtype = q.dtype if attend is decode_xla.attention else jnp.promote_types(q.dtype, jnp.float32)
+    k = _decoded(_in_order(cache.k, cache), _in_order(cache.k_scales, cache), dtype)
+    v = _decoded(_in_order(cache.v, cache), _in_order(cache.v_scales, cache), dtype)
+    return attend(q, k, v, positions, sinks=sinks, **options)
+
+
+def _in_order(x: Any, cache: Cache) -> Any:
+    if x is not None and cache.layer is not None:
+        x = x[cache.layer]
+    if x is None or cache.page_table is None:
+        return x
+    x = x[cache.page_table]
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _decoded(x: Any, scales: Any, dtype: Any) -> Any:
+    return x if scales is None else (x.astype(scales.dtype) * scales[..., None]).astype(dtype)
+
+
+def _choose(implementation: str | None, q: Any, cache: Cache) -> str:
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"decode implementation {implementation!r} is none of {IMPLEMENTATIONS}")
+    if implementation in ("xla", "reference"):
+        return implementation
+    reason = decode_pallas.declines(q, cache) or _fault(q, cache)
+    if implementation == "pallas":
+        if reason:
+            raise ValueError(f"decode_attention: pallas cannot serve this call: {reason}")
+        return "pallas"
+    if target.current().platform not in ("cuda", "rocm"):
+        return "xla"
+    _say(f"decode_attention: {f'xla (pallas declined: {reason})' if reason else 'pallas'}")
+    return "xla" if reason else "pallas"
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """Logs each message once in a process."""
+    logging.getLogger("mud_puppy").info(message)
+
+
+def _fault(q: Any, cache: Cache) -> str | None:
+    """What the self-check of the kernel for these dtypes and heads found."""
+    D, codes = q.shape[-1], cache.k_scales is not None
+    name = f"decode_attention's kernel for {q.dtype} heads of {D}{', int8 cache' * codes}"
+    return selfcheck.fault(name, lambda: _case(q.dtype, D, codes))
+
+
+def _case(dtype: Any, D: int, codes: bool) -> tuple[float, float]:
+    r = np.random.default_rng(0)
+    B, T, H, K, S = 2, 2, 4, 2, 600
+    q = jnp.asarray(r.normal(size=(B, T, H, D)), dtype)
+    k, v = jnp.asarray(r.normal(size=(2, B, S, K, D)) * (40 if codes else 1), dtype)
+    k_scales, v_scales = jnp.asarray(r.uniform(0.02, 0.03, size=(2, B, S, K)), jnp.float32)
+    cache = Cache(k, v)
+    if codes:
+        cache = Cache(k.astype(jnp.int8), v.astype(jnp.int8), k_scales, v_scales)
+    positions = jnp.array([[598, 599], [100, 101]])
+    options: dict[str, Any] = dict(window=300, scale=D**-0.5, softcap=None)
+    got = jax.jit(lambda: decode_pallas.attention(q, cache, positions, **options)[0])()
+    want = _plain(decode_reference.attention, q, cache, positions, None, options)[0]
+    error = jnp.abs(got.astype(jnp.float32) - want.astype(jnp.float32)).max()
+    return float(error / jnp.abs(want).max()), 4 * float(jnp.finfo(dtype).eps) + 1e-4
+
+
+def _check(q: Any, cache: Cache, positions: Any) -> None:
+    B, T, H, D = q.shape
+    lead = () if cache.layer is None else cache.k.shape[:1]
+    ndim = 4 + len(lead)
+    K = cache.k.shape[-2]
+    rows = cache.k.shape[len(lead)] if cache.page_table is not None else B
+    fits = cache.k.ndim == ndim and cache.k.shape[-1] == D and H % K == 0
+    if not fits or cache.v.shape[:-1] != cache.k.shape[:-1] or cache.k.shape[len(lead)] != rows:
+        raise ValueError(
+            f"decode needs q [B, T, H, D] and k, v [B, S, K, D] (or pages [P, page, K, D], and "
+            f"layers in front with `layer`) with K dividing H; got q {q.shape}, k {cache.k.shape}, "
+            f"v {cache.v.shape}"
+        )
+    if positions.shape != (B, T):
+        raise ValueError(f"expected positions {(B, T)}, got {positions.shape}")
+    for name, x, scales in (("k", cache.k, cache.k_scales), ("v", cache.v, cache.v_scales)):
+        if (x.dtype == jnp.int8) != (scales is not None):
+            raise ValueError(f"{name} is {x.dtype}, and int8 codes, no others, have {name}_scales")
+        if scales is not None and scales.shape != x.shape[:-1]:
+            raise ValueError(f"expected {name}_scales {x.shape[:-1]}, got {scales.shape}")

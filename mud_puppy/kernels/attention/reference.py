@@ -5,38 +5,58 @@ Memory is quadratic in the sequence length; nothing here is tuned.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from mud_puppy.kernels.attention.dropout import kept
+from mud_puppy.kernels.attention.plan import Options
 
 
 def attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    v: Float[Array, "B S K Dv"],
     q_segments: Int[Array, "B T"] | None = None,
     k_segments: Int[Array, "B S"] | None = None,
     *,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
-    """(softmax(scale q k^T) v in q's dtype, log-sum-exp of the visible scores)."""
-    T, S, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    options: Options,
+    sinks: Float[Array, " H"] | None = None,
+    bias: Float[Array, "#B #H T S"] | None = None,
+    seed: Any = None,
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """(softmax(scores) v in q's dtype, log-sum-exp of the visible scores and the sink)."""
+    B, T, H, _ = q.shape
+    S, groups = k.shape[1], H // k.shape[2]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     k, v = (jnp.repeat(x.astype(dtype), groups, axis=2) for x in (k, v))
-    seen = visible(T, S, causal, window)[None]
+    seen = visible(T, S, options.causal, options.window)[None]
     if q_segments is not None and k_segments is not None:
         seen = seen & (q_segments[:, :, None] == k_segments[:, None, :])
-    scores = jnp.einsum("bthd,bshd->btsh", q.astype(dtype), k, precision="highest") * scale
-    scores = jnp.where(seen[..., None], scores, -jnp.inf)
-    top = jnp.max(scores, axis=2, keepdims=True)
+    scores = jnp.einsum("bthd,bshd->bhts", q.astype(dtype), k, precision="highest")
+    scores = scores * options.scale
+    if options.softcap is not None:
+        scores = options.softcap * jnp.tanh(scores / options.softcap)
+    if bias is not None:
+        scores = scores + bias.astype(dtype)
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    top = scores.max(-1, keepdims=True)
+    if sinks is not None:
+        sink = sinks.astype(dtype)[:, None, None]
+        top = jnp.maximum(top, sink)
+    top = jax.lax.stop_gradient(top)  # it only keeps the powers small
     p = jnp.exp(scores - jnp.where(top == -jnp.inf, 0, top))
-    total = p.sum(axis=2)
-    out = jnp.einsum("btsh,bshd->bthd", p, v, precision="highest")
-    out = out / jnp.where(total == 0, 1, total)[..., None]
+    total = p.sum(-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sink - top)
+    if options.dropout:
+        at = jnp.ogrid[:B, :H, :T, :S]
+        p = jnp.where(kept(options.dropout, seed, *at), p / (1 - options.dropout), 0)
+    p = p / jnp.where(total == 0, 1, total)
+    out = jnp.einsum("bhts,bshd->bthd", p, v, precision="highest")
     # The inner where keeps log's gradient finite in rows that see no key.
-    lse = jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1, total)) + top[:, :, 0])
-    return out.astype(q.dtype), lse
+    lse = jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1, total)) + top)
+    return out.astype(q.dtype), lse[..., 0].transpose(0, 2, 1)
 
 
 def visible(T: int, S: int, causal: bool, window: int | None) -> Bool[Any, "T S"]:

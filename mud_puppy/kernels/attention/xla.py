@@ -4,7 +4,8 @@ FlashAttention's online softmax (arXiv:2205.14135) and recomputing backward (arX
 one `lax.scan` over (query block, key block) pairs. Which pairs can see each other at all is known
 while tracing, so blocks wholly above the causal diagonal or left of the window cost nothing;
 segments are masked inside a block, not skipped. Query heads that share a key head are grouped, K
-and V are never repeated, and B stays an axis of its own, so the batch may be sharded.
+and V are never repeated, and B stays an axis of its own, so the batch may be sharded. Sinks are
+merged by the log-sum-exp, as any part of a sequence could be.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from mud_puppy.kernels.attention.dropout import kept
+from mud_puppy.kernels.attention.plan import Options
 
 # Queries and keys a block at most: on 2 CPU cores 128 is 1.3x as fast as 256, 1.8x as 512 (float32,
 # T 1024, 9 heads of 64, forward and backward); an accelerator wants fewer, larger steps.
@@ -30,9 +34,7 @@ class _Plan:
     S: int
     q_block: int
     k_block: int
-    causal: bool
-    window: int | None
-    scale: float
+    options: Options
 
     def pairs(self) -> np.ndarray:
         """int32 [P, 2]: the block pairs in which some query may see some key."""
@@ -41,8 +43,9 @@ class _Plan:
         for i in range(-(-self.T // self.q_block)):
             first, last = i * self.q_block + shift, (i + 1) * self.q_block - 1 + shift
             for j in range(-(-self.S // self.k_block)):
-                above = self.causal and j * self.k_block > last
-                left = self.window and (j + 1) * self.k_block - 1 <= first - self.window
+                above = self.options.causal and j * self.k_block > last
+                window = self.options.window
+                left = window and (j + 1) * self.k_block - 1 <= first - window
                 if not (above or left):
                     pairs.append((i, j))
         return np.array(pairs, np.int32).reshape(-1, 2)
@@ -51,67 +54,86 @@ class _Plan:
 def attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    v: Float[Array, "B S K Dv"],
     q_segments: Int[Array, "B T"] | None = None,
     k_segments: Int[Array, "B S"] | None = None,
     *,
-    causal: bool,
-    window: int | None,
-    scale: float,
+    options: Options,
+    sinks: Float[Array, " H"] | None = None,
+    bias: Float[Array, "#B #H T S"] | None = None,
+    seed: Any = None,
     max_block: int | None = None,
-) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """(out in q's dtype, float32 log-sum-exp); a query that sees no key gives 0 and -inf."""
     T, S, K = q.shape[1], k.shape[1], k.shape[2]
     max_block = max_block or (CPU_BLOCK if jax.default_backend() == "cpu" else BLOCK)
-    plan = _Plan(T, S, _block(T, max_block), _block(S, max_block), causal, window, scale)
+    plan = _Plan(T, S, _block(T, max_block), _block(S, max_block), options)
     q = q.reshape(*q.shape[:2], K, q.shape[2] // K, -1).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     q, qs = _pad(q, plan.q_block, 3), _pad(q_segments, plan.q_block, 1)
     k, v = _pad(k, plan.k_block, 2), _pad(v, plan.k_block, 2)
-    result: Any = _attention(plan, q, k, v, qs, _pad(k_segments, plan.k_block, 1))
+    if bias is not None:
+        heads = (K, -1) if bias.shape[1] > 1 else (1, 1)
+        bias = bias.reshape(bias.shape[0], *heads, T, S)
+        bias = _pad(_pad(bias, plan.q_block, 3), plan.k_block, 4)
+    extra = qs, _pad(k_segments, plan.k_block, 1), seed
+    result: Any = _attention(plan, q, k, v, bias, extra)
     out, lse = result
     out = out[:, :, :, :T].transpose(0, 3, 1, 2, 4)
     lse = lse[:, :, :, :T].transpose(0, 3, 1, 2)
-    return out.reshape(*out.shape[:2], -1, out.shape[-1]), lse.reshape(*lse.shape[:2], -1)
+    out, lse = out.reshape(*out.shape[:2], -1, out.shape[-1]), lse.reshape(*lse.shape[:2], -1)
+    return (out, lse) if sinks is None else _with_sinks(out, lse, sinks)
 
 
-# Below, q and out are [B, K, G, T, D], k and v [B, K, S, D], lse [B, K, G, T], the segment ids
-# qs [B, T] and ks [B, S]; T and S are whole blocks.
+def _with_sinks(out: Any, lse: Any, sinks: Any) -> tuple[Any, Any]:
+    sinks = sinks.astype(lse.dtype)
+    share = jax.nn.sigmoid(lse - sinks)[..., None]
+    return (out * share).astype(out.dtype), jnp.logaddexp(lse, sinks)
+
+
+# Below, q is [B, K, G, T, D], out [B, K, G, T, Dv], k [B, K, S, D], v [B, K, S, Dv], lse [B, K, G,
+# T], bias [B|1, K|1, G|1, T, S] or None, and extra the segment ids [B, T] and [B, S] and the seed;
+# T and S are whole blocks.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: _Plan, q: Any, k: Any, v: Any, qs: Any, ks: Any) -> Any:
-    return _forward(plan, q, k, v, qs, ks)[0]
+def _attention(plan: _Plan, q: Any, k: Any, v: Any, bias: Any, extra: tuple) -> Any:
+    return _forward(plan, q, k, v, bias, extra)[0]
 
 
-def _forward(plan: _Plan, q: Any, k: Any, v: Any, qs: Any, ks: Any) -> Any:
+def _forward(plan: _Plan, q: Any, k: Any, v: Any, bias: Any, extra: tuple) -> Any:
     f32 = jnp.promote_types(q.dtype, jnp.float32)
 
     def step(state: Any, pair: Any) -> Any:
         out, top, total = (_take(x, pair[0], plan.q_block, 3) for x in state)
-        _, vj, scores = _scores(plan, pair, q, k, v, qs, ks)
+        vj = _take(v, pair[1], plan.k_block, 2)
+        scores = _scores(plan, pair, q, k, bias, extra)[1]
         new_top = jnp.maximum(top, scores.max(-1))
         safe_top = jnp.where(new_top == -jnp.inf, 0, new_top)
         p = jnp.exp(scores - safe_top[..., None])
         keep = jnp.exp(top - safe_top)
-        pv = _dot("bkgts,bksd->bkgtd", p.astype(q.dtype), vj)
+        pv = _dot("bkgts,bksd->bkgtd", _dropped(plan, pair, p, extra).astype(q.dtype), vj)
         new = (out * keep[..., None] + pv, new_top, total * keep + p.sum(-1))
         put = partial(_put, i=pair[0], block=plan.q_block, axis=3)
         return tuple(map(put, state, new)), None
 
     rows = q.shape[:4]
-    state = jnp.zeros(q.shape, f32), jnp.full(rows, -jnp.inf, f32), jnp.zeros(rows, f32)
+    state = (
+        jnp.zeros((*rows, v.shape[-1]), f32),
+        jnp.full(rows, -jnp.inf, f32),
+        jnp.zeros(rows, f32),
+    )
     out, top, total = _each(step, state, plan.pairs())
     out = (out / jnp.where(total == 0, 1, total)[..., None]).astype(q.dtype)
     lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
     # Named here, where they are residuals: naming only the output outside of the custom_vjp would
     # make a remat policy that saves "attention" run this forward again.
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
-    return (out, lse), (q, k, v, qs, ks, out, lse)
+    return (out, lse), (q, k, v, bias, extra, out, lse)
 
 
 def _backward(plan: _Plan, residuals: Any, cotangents: Any) -> Any:
-    q, k, v, qs, ks, out, lse = residuals
+    q, k, v, bias, extra, out, lse = residuals
     d_out, d_lse = cotangents
     f32 = lse.dtype
     # d scores = p * (d p - sum(d out * out) + d lse), and p = exp(scores - lse).
@@ -119,42 +141,74 @@ def _backward(plan: _Plan, residuals: Any, cotangents: Any) -> Any:
     safe_lse = jnp.where(lse == -jnp.inf, 0, lse)
 
     def step(state: Any, pair: Any) -> Any:
-        dq, dk, dv = state
-        kj, vj, scores = _scores(plan, pair, q, k, v, qs, ks)
+        dq, dk, dv, d_bias = state
+        vj = _take(v, pair[1], plan.k_block, 2)
+        kj, scores, slope = _scores(plan, pair, q, k, bias, extra)
         qi, gi, ri, li = (_take(x, pair[0], plan.q_block, 3) for x in (q, d_out, row, safe_lse))
         p = jnp.exp(scores - li[..., None])
-        dp = _dot("bkgtd,bksd->bkgts", gi, vj)
-        ds = (p * (dp + ri[..., None]) * plan.scale).astype(q.dtype)
+        dp = _dropped(plan, pair, _dot("bkgtd,bksd->bkgts", gi, vj), extra)
+        ds = p * (dp + ri[..., None])
+        if d_bias is not None:
+            axes = tuple(axis for axis in range(3) if d_bias.shape[axis] == 1)
+            d_bias = _put_pair(plan, d_bias, ds.sum(axes, keepdims=True), pair)
+        ds = (ds * slope * plan.options.scale).astype(q.dtype)
+        p = _dropped(plan, pair, p, extra).astype(q.dtype)
         dq = _add(dq, _dot("bkgts,bksd->bkgtd", ds, kj), pair[0], plan.q_block, 3)
         dk = _add(dk, _dot("bkgts,bkgtd->bksd", ds, qi), pair[1], plan.k_block, 2)
-        dv = _add(dv, _dot("bkgts,bkgtd->bksd", p.astype(q.dtype), gi), pair[1], plan.k_block, 2)
-        return (dq, dk, dv), None
+        dv = _add(dv, _dot("bkgts,bkgtd->bksd", p, gi), pair[1], plan.k_block, 2)
+        return (dq, dk, dv, d_bias), None
 
-    grads = _each(step, tuple(jnp.zeros(x.shape, f32) for x in (q, k, v)), plan.pairs())
-    dq, dk, dv = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
-    return dq, dk, dv, None, None
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, f32), (q, k, v, bias))
+    grads = _each(step, zeros, plan.pairs())
+    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, (q, k, v, bias))
+    return *grads, (None, None, None)
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _scores(plan: _Plan, pair: Any, q: Any, k: Any, v: Any, qs: Any, ks: Any) -> Any:
-    """(key block, value block, masked float32 scores [B, K, G, q_block, k_block])."""
+def _scores(plan: _Plan, pair: Any, q: Any, k: Any, bias: Any, extra: tuple) -> Any:
+    """(key block, masked float32 scores [B, K, G, q_block, k_block], d scores / d q k^T / scale)"""
     i, j = pair
-    kj, vj = _take(k, j, plan.k_block, 2), _take(v, j, plan.k_block, 2)
-    scores = _dot("bkgtd,bksd->bkgts", _take(q, i, plan.q_block, 3), kj) * plan.scale
-    t = (jnp.arange(plan.q_block) + i * plan.q_block + plan.S - plan.T)[:, None]
-    s = (jnp.arange(plan.k_block) + j * plan.k_block)[None, :]
+    qs, ks, _ = extra
+    kj, slope = _take(k, j, plan.k_block, 2), 1
+    scores = _dot("bkgtd,bksd->bkgts", _take(q, i, plan.q_block, 3), kj) * plan.options.scale
+    if plan.options.softcap is not None:
+        t = jnp.tanh(scores / plan.options.softcap)
+        scores, slope = t * plan.options.softcap, 1 - t * t
+    if bias is not None:
+        rows = _take(bias, i, plan.q_block, 3)
+        scores = scores + _take(rows, j, plan.k_block, 4).astype(scores.dtype)
+    t, s = _positions(plan, pair)
+    t = t + plan.S - plan.T
     seen = s < plan.S
-    if plan.causal:
+    if plan.options.causal:
         seen &= s <= t
-    if plan.window is not None:
-        seen &= s > t - plan.window
+    if plan.options.window is not None:
+        seen &= s > t - plan.options.window
     seen = seen[None]
     if qs is not None:
         qsi, ksj = _take(qs, i, plan.q_block, 1), _take(ks, j, plan.k_block, 1)
         seen &= qsi[:, :, None] == ksj[:, None, :]
-    return kj, vj, jnp.where(seen[:, None, None], scores, -jnp.inf)
+    return kj, jnp.where(seen[:, None, None], scores, -jnp.inf), slope
+
+
+def _positions(plan: _Plan, pair: Any) -> tuple[Any, Any]:
+    """Indices of the queries [q_block, 1] and the keys [1, k_block] of a pair."""
+    i, j = pair
+    t = (jnp.arange(plan.q_block) + i * plan.q_block)[:, None]
+    return t, (jnp.arange(plan.k_block) + j * plan.k_block)[None, :]
+
+
+def _dropped(plan: _Plan, pair: Any, p: Any, extra: tuple) -> Any:
+    """p [B, K, G, q_block, k_block] after dropout."""
+    rate = plan.options.dropout
+    if not rate:
+        return p
+    B, K, G = p.shape[:3]
+    b = jnp.arange(B).reshape(B, 1, 1, 1, 1)
+    h = jnp.arange(K * G).reshape(K, G, 1, 1)
+    return jnp.where(kept(rate, extra[2], b, h, *_positions(plan, pair)), p / (1 - rate), 0)
 
 
 def _each(step: Any, state: Any, pairs: np.ndarray) -> Any:
@@ -165,7 +219,10 @@ def _each(step: Any, state: Any, pairs: np.ndarray) -> Any:
 
 
 def _dot(spec: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    f32 = jnp.promote_types(a.dtype, jnp.float32)
+    # GPUs would take float32 to TF32.
+    precision = "highest" if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, preferred_element_type=f32, precision=precision)
 
 
 def _block(n: int, most: int) -> int:
@@ -191,3 +248,8 @@ def _put(x: Array, part: Array, i: Any, block: int, axis: int) -> Array:
 
 def _add(x: Array, part: Array, i: Any, block: int, axis: int) -> Array:
     return _put(x, _take(x, i, block, axis) + part, i, block, axis)
+
+
+def _put_pair(plan: _Plan, x: Array, part: Array, pair: Any) -> Array:
+    rows = _put(_take(x, pair[0], plan.q_block, 3), part, pair[1], plan.k_block, 4)
+    return _put(x, rows, pair[0], plan.q_block, 3)

@@ -1,0 +1,108 @@
+"""Which implementation of attention serves a call, said once in the log."""
+
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mud_puppy.kernels import selfcheck, target, tuned
+from mud_puppy.kernels.attention import cudnn, flash, reference
+from mud_puppy.kernels.attention.plan import Options
+
+IMPLEMENTATIONS = ("pallas", "cudnn", "xla", "reference")
+
+
+def choose(
+    implementation: str | None,
+    q: Any,
+    k: Any,
+    v: Any,
+    q_segments: Any,
+    k_segments: Any,
+    options: Options,
+    extras: dict,
+    return_lse: bool,
+) -> str:
+    """The name of an implementation that can serve: the one asked for, or the fastest."""
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"attention implementation {implementation!r} is none of {IMPLEMENTATIONS}"
+        )
+    if implementation in ("xla", "reference"):
+        return implementation
+    reasons = {
+        "cudnn": lambda: cudnn.declines(
+            q, k, v, q_segments, k_segments, options, extras, return_lse
+        ),
+        "pallas": lambda: flash.declines(q, v) or fault(q, v),
+    }
+    if implementation is not None:
+        if reason := reasons[implementation]():
+            raise ValueError(f"attention: {implementation} cannot serve this call: {reason}")
+        _say(logging.INFO, f"attention: {implementation}")
+        return implementation
+    declined = []
+    for name in _order(q.dtype, packed=q_segments is not None):
+        if (reason := reasons[name]()) is None:
+            _say(logging.INFO, f"attention: {name}{_because(declined)}")
+            return name
+        declined.append(f"{name} declined: {reason}")
+    # Not having a card is no news; declining on one costs speed.
+    level = logging.WARNING if declined else logging.INFO
+    _say(level, f"attention: xla on {target.current().platform}{_because(declined)}")
+    return "xla"
+
+
+def _order(dtype: Any, packed: bool) -> tuple[str, ...]:
+    """What to try before XLA. cuDNN masks packed rows where our kernels skip their blocks; float32
+    is left to XLA, whose products are the vendor's: ours would be without matrix instructions."""
+    platform = target.current().platform
+    if dtype == jnp.float32:
+        return ()
+    if platform == "cuda":
+        first = tuned.tiles("flash_attention", "preferred")["packed" if packed else "plain"]
+        return ("pallas", "cudnn") if first else ("cudnn", "pallas")
+    return ("pallas",) if platform == "rocm" else ()
+
+
+def _because(declined: list[str]) -> str:
+    return f" ({'; '.join(declined)})" if declined else ""
+
+
+@functools.cache
+def _say(level: int, message: str) -> None:
+    """Logs each message once in a process."""
+    logging.getLogger("mud_puppy").log(level, message)
+
+
+def fault(q: Any, v: Any) -> str | None:
+    """What the self-check of the kernels for these dtypes and widths of head found."""
+    D, Dv = q.shape[-1], v.shape[-1]
+    name = f"attention kernels for {q.dtype} heads of {D}, {Dv}"
+    return selfcheck.fault(name, lambda: _case(q.dtype, D, Dv))
+
+
+def _case(dtype: Any, D: int, Dv: int) -> tuple[float, float]:
+    """(error, bound) of outputs and gradients on packed rows with grouped heads."""
+    r = np.random.default_rng(0)
+    T, H, K = 320, 4, 2
+    shapes = (1, T, H, D), (1, T, K, D), (1, T, K, Dv), (1, T, H, Dv)
+    q, k, v, g = (jnp.asarray(r.normal(size=s), dtype) for s in shapes)
+    ids = jnp.asarray(np.arange(T)[None] // 200, jnp.int32)
+    options = Options(causal=True, window=None, scale=D**-0.5)
+
+    def results(attend: Any, dtype: Any) -> Any:
+        def f(q: Any, k: Any, v: Any) -> Any:
+            return attend(q, k, v, ids, ids, options=options)[0]
+
+        out, pull = jax.vjp(f, *(x.astype(dtype) for x in (q, k, v)))
+        return out, *pull(g.astype(dtype))
+
+    got = jax.jit(lambda: results(flash.attention, dtype))()
+    want = jax.jit(lambda: results(reference.attention, jnp.float32))()
+    pairs = zip(got, want, strict=True)
+    errors = [abs(a.astype(jnp.float32) - b).max() / abs(b).max() for a, b in pairs]
+    return float(jnp.stack(errors).max()), 4 * float(jnp.finfo(dtype).eps) + 1e-4

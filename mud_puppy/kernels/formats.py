@@ -1,0 +1,348 @@
+"""Formats of quantized weights: the codecs, and the `Quantized` leaf that carries codes and scales.
+
+A weight is w[out, in], stored as Hugging Face stores it, with any number of leading (layer) axes.
+Each row is cut into groups of consecutive inputs that share a scale; a group never crosses a row,
+so that slicing along `out` slices every leaf but the few numbers of doubly quantized scales.
+
+    format        codes                           value of a code c
+    nf4           two a byte                      NF4[c] * scale     (QLoRA, arXiv:2305.14314)
+    int4          two a byte, c in 0..15          (c - zero) * scale, or c * scale + minimum;
+                                                  zero is 8 when neither is stored
+    mxfp4         two a byte, E2M1                E2M1[c] * 2^(scale - 127)   (OCP MX 1.0)
+    int8          int8                            c * scale
+    fp8_e4m3fn, fp8_e5m2, fp8_e4m3fnuz, fp8_e5m2fnuz   the float8's bits, uint8     c * scale
+
+Two a byte: the high nibble is the even element, as bitsandbytes packs. Where the size of a row is a
+multiple of the group, the bytes are those of bitsandbytes' flat array (tests compare them), GPTQ's
+and GGUF's codes are a permutation of nibbles away (`pack`, `unpack`), and gpt-oss' mxfp4 is
+`swap_nibbles`. This module knows nothing of matrix products.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+# Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero; bitsandbytes' numbers.
+NF4 = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+     0.7229568362236023, 1.0], np.float32,
+)  # fmt: skip
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+FP8 = {
+    "fp8_e4m3fn": jnp.float8_e4m3fn,
+    "fp8_e5m2": jnp.float8_e5m2,
+    "fp8_e4m3fnuz": jnp.float8_e4m3fnuz,
+    "fp8_e5m2fnuz": jnp.float8_e5m2fnuz,
+}
+FORMATS = ("nf4", "int4", "mxfp4", "int8", *FP8)
+PACKED = ("nf4", "int4", "mxfp4")  # two codes a byte
+GROUPS = {"nf4": 64, "int4": 64, "mxfp4": 32}  # the others have a scale for each row
+NESTED = 256  # scales that share an absmax, when they are quantized themselves
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantized:
+    """A weight [..., out, in] in one of FORMATS; made by `quantize`, read by `dequantize`.
+
+        codes      uint8 [..., out, in / 2] for PACKED formats; int8 or uint8 [..., out, in]
+        scales     [..., out, groups] float (mxfp4: uint8 exponents; doubly quantized: uint8 codes);
+                   [..., 1, 1] for one scale of the whole weight
+        zeros      int4 only: uint8 [..., out, groups] zero points, or None
+        minimum    int4 only: float [..., out, groups], the value of code 0 (GGUF's Q4_1), or None
+        nested     doubly quantized scales only: float32 [..., ceil(out * groups / 256)], the absmax
+                   of each 256 scales in row order
+        offset     with `nested`: float32 [...], the mean of the scales
+        format     static
+        dtype      static: what `dequantize` returns unless told otherwise
+
+    Sizes are read off the leaves, for a scan over layers strips their leading axis.
+    """
+
+    # Any: JAX rebuilds leaves with tracers, specs and None; checks belong to `quantize`.
+    codes: Any
+    scales: Any
+    zeros: Any = None
+    minimum: Any = None
+    nested: Any = None
+    offset: Any = None
+    format: str = field(default="nf4", metadata={"static": True})
+    dtype: Any = field(default=jnp.dtype("bfloat16"), metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that this stands for: [..., out, in]."""
+        *lead, size = self.codes.shape
+        return (*lead, 2 * size if self.format in PACKED else size)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.codes.shape)
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.shape[-1] // self.scales.shape[-1]
+
+
+def quantize(
+    w: Array,
+    format: str = "nf4",
+    *,
+    group: int | str | None = None,
+    zero_points: bool = False,
+    double: bool = False,
+) -> Quantized:
+    """The float weight w [..., out, in] in one of FORMATS ("fp8" means fp8_e4m3fn).
+
+    group: inputs that share a scale; "row" for one a row, "tensor" for one a weight (int8 and fp8
+    only). None is GROUPS' or "row". A row that is no multiple of the group is a ValueError: there
+    is no padding, for a padded weight has another shape than the model's.
+    zero_points: int4 with a zero point a group, for groups whose values are not centred.
+    double: quantizes nf4's scales too, by bitsandbytes' 8-bit map: 4.13 instead of 4.5 bits.
+    """
+    format = "fp8_e4m3fn" if format == "fp8" else format
+    if format not in FORMATS:
+        raise ValueError(f"unknown format '{format}'; formats are {', '.join(FORMATS)}, fp8")
+    if zero_points and format != "int4":
+        raise ValueError(f"zero_points is for int4, not {format}")
+    if double and format != "nf4":
+        raise ValueError(f"double is for nf4, whose scales it quantizes, not {format}")
+    if not jnp.issubdtype(w.dtype, jnp.floating) or w.ndim < 2:
+        raise ValueError(f"expected a float weight [..., out, in], got {w.dtype}{list(w.shape)}")
+    grouped = _groups(w, format, group)
+    if format == "nf4":
+        q = _nf4(grouped, double)
+    elif format == "int4":
+        q = _int4(grouped, zero_points)
+    elif format == "mxfp4":
+        q = _mxfp4(grouped)
+    else:
+        q = _eight_bits(grouped, format, whole=group == "tensor")
+    codes = q.pop("codes").reshape(w.shape)
+    codes = pack(codes) if format in PACKED else codes
+    return Quantized(codes, **q, format=format, dtype=jnp.dtype(w.dtype))
+
+
+def dequantize(
+    q: Quantized | tuple[Array, Array, Array | None], dtype: Any = None
+) -> Float[Array, "..."]:
+    """The weight that `q` stands for: products in float32, rounded once to `dtype` (None: q.dtype).
+
+    A tuple (codes, scale, zero_point) of `quantize_per_tensor` or `quantize_per_channel` is read as
+    (codes - zero_point) * scale, float32 unless `dtype` says otherwise.
+    """
+    if not isinstance(q, Quantized):
+        codes, scale, zero = q
+        values = codes.astype(jnp.float32)
+        values = values if zero is None else values - zero.astype(jnp.float32)
+        return (values * scale).astype(dtype or jnp.float32)
+    values = decode(q)
+    groups = values.reshape(*values.shape[:-1], q.scales.shape[-1], -1)
+    scales = decoded_scales(q)[..., None]
+    if q.minimum is not None:
+        groups = groups * scales + q.minimum.astype(jnp.float32)[..., None]
+    elif q.zeros is not None:
+        groups = (groups - q.zeros.astype(jnp.float32)[..., None]) * scales
+    else:
+        groups = groups * scales
+    return groups.reshape(values.shape).astype(dtype or q.dtype)
+
+
+def decode(q: Quantized) -> Float[Array, "... out n"]:
+    """float32 values of the codes alone, before scale, zero point and minimum."""
+    if q.format in FP8:
+        codes = jax.lax.bitcast_convert_type(q.codes, FP8[q.format])
+        return codes.astype(jnp.float32)
+    if q.format == "int8":
+        return q.codes.astype(jnp.float32)
+    codes = unpack(q.codes)
+    if q.format == "int4":
+        values = codes.astype(jnp.float32)
+        return values - 8 if q.zeros is None and q.minimum is None else values
+    return jnp.take(codebook(q.format), codes.astype(jnp.int32), axis=0, mode="clip")
+
+
+def decoded_scales(q: Quantized) -> Float[Array, "... out groups"]:
+    """float32 scales, whatever they are stored as."""
+    if q.format == "mxfp4":
+        return exponent(q.scales)
+    if q.nested is None:
+        return q.scales.astype(jnp.float32)
+    *lead, out, groups = q.scales.shape
+    absmax = jnp.repeat(q.nested, NESTED, axis=-1)[..., : out * groups]
+    values = jnp.take(jnp.asarray(dynamic_map()), q.scales.astype(jnp.int32), axis=0, mode="clip")
+    return values * absmax.reshape(q.scales.shape) + q.offset[..., None, None]
+
+
+def codebook(format: str) -> Array:
+    """float32 [16], the value of each code."""
+    return jnp.asarray({"nf4": NF4, "mxfp4": E2M1}[format])
+
+
+def int4(
+    codes: UInt8[Array, "... out n"],
+    scales: Float[Array, "... out G"],
+    *,
+    zeros: UInt8[Array, "..."] | None = None,
+    minimum: Float[Array, "..."] | None = None,
+    dtype: Any = jnp.bfloat16,
+) -> Quantized:
+    """int4 from codes 0..15 (one an element) made elsewhere: GPTQ's, AWQ's, GGUF's Q4_0 and Q4_1.
+
+    Scales and minimums keep their dtype (GGUF's are float16), so that nothing is lost.
+    """
+    if codes.shape[-1] % scales.shape[-1] or codes.shape[:-1] != scales.shape[:-1]:
+        raise ValueError(f"scales {scales.shape} do not divide codes {codes.shape} into groups")
+    for name, x in (("zeros", zeros), ("minimum", minimum)):
+        if x is not None and x.shape != scales.shape:
+            raise ValueError(f"expected {name} {scales.shape} as the scales, got {x.shape}")
+    if zeros is not None and minimum is not None:
+        raise ValueError("a group has a zero point or a minimum, not both")
+    return Quantized(
+        pack(codes), scales, zeros, minimum, format="int4", dtype=jnp.dtype(dtype)
+    )  # fmt: skip
+
+
+def pack(codes: UInt8[Array, "... n"]) -> UInt8[Array, "... bytes"]:
+    """Codes 0..15 two a byte, the even one in the high nibble."""
+    if codes.shape[-1] % 2:
+        raise ValueError(f"expected an even number of codes in a row, got {codes.shape[-1]}")
+    return (codes[..., ::2] << 4) | codes[..., 1::2]
+
+
+def unpack(codes: UInt8[Array, "... bytes"]) -> UInt8[Array, "... n"]:
+    """The inverse of `pack`."""
+    # One broadcast and one shift: XLA makes it part of the loop that writes the decoded weight.
+    shift = jnp.array([4, 0], jnp.uint8)
+    return ((codes[..., None] >> shift) & 15).reshape(*codes.shape[:-1], -1)
+
+
+def swap_nibbles(codes: UInt8[Array, "..."]) -> UInt8[Array, "..."]:
+    """Between the high nibble first (ours, bitsandbytes') and the low one first (gpt-oss')."""
+    return (codes << 4) | (codes >> 4)
+
+
+def exponent(e: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    """2^(e - 127), float32: E8M0. 255 is NaN."""
+    bits = jnp.where(e == 0, jnp.uint32(1 << 22), e.astype(jnp.uint32) << 23)
+    bits = jnp.where(e == 255, jnp.uint32(0x7FC00000), bits)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def dynamic_map() -> np.ndarray:
+    """float32 [256], sorted: bitsandbytes' signed dynamic map (8-bit optimizers, arXiv:2110.02861).
+
+    A sign, a decimal exponent of 0 to -6, and a fraction that has the bits the exponent leaves.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        # torch.linspace: a float32 step, counted from both ends.
+        n = 2**i
+        step, k = (np.float32(1) - np.float32(0.1)) / np.float32(n), np.arange(n + 1)
+        up, down = np.float64(np.float32(0.1)) + step * k, 1 - np.float64(step) * (n - k)
+        edges = np.where(k < (n + 1) // 2, up, down).astype(np.float32)
+        means = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        values += [*means, *-means]
+    return np.sort(np.array(values, np.float32))
+
+
+# Encoders: groups [..., out, G, group] -> leaves of Quantized, codes with the shape of the groups.
+
+
+def _groups(w: Array, format: str, group: int | str | None) -> Array:
+    size = w.shape[-1]
+    if group in ("row", "tensor"):
+        if format in GROUPS:
+            raise ValueError(f"{format} has groups of a fixed size, not group='{group}'")
+        return w.astype(jnp.float32)[..., None, :]
+    group = GROUPS.get(format, size) if group is None else group
+    if not isinstance(group, int) or group < 1:
+        raise ValueError(f"expected a group size, 'row' or 'tensor', got group={group!r}")
+    if format == "mxfp4" and group != 32:
+        raise ValueError(f"mxfp4 has groups of 32 by its definition, not {group}")
+    if format in PACKED and group % 2:
+        raise ValueError(f"expected an even group for {format}, got {group}")
+    if size % group:
+        fitting = [g for g in (16, 32, 64, 128, 256) if size % g == 0 and g < size]
+        hint = f"groups that fit: {fitting}" if fitting else "leave this weight unquantized"
+        raise ValueError(f"rows of {size} are no multiple of the group of {group}; {hint}")
+    return w.astype(jnp.float32).reshape(*w.shape[:-1], size // group, group)
+
+
+def _nf4(x: Array, double: bool) -> dict[str, Array]:
+    absmax = jnp.abs(x).max(-1)
+    # bitsandbytes multiplies by the reciprocal; dividing would move codes at the boundaries.
+    scaled = jnp.clip(x * (1 / jnp.maximum(absmax, 1e-38))[..., None], -1, 1)
+    codes = _nearest(scaled, NF4)
+    if not double:
+        return {"codes": codes, "scales": absmax}
+    *lead, out, groups = absmax.shape
+    offset = absmax.mean((-2, -1))
+    flat = (absmax - offset[..., None, None]).reshape(*lead, out * groups)
+    tail = -flat.shape[-1] % NESTED
+    blocks = jnp.pad(flat, [(0, 0)] * len(lead) + [(0, tail)]).reshape(*lead, -1, NESTED)
+    nested = jnp.abs(blocks).max(-1)
+    scaled = jnp.clip(blocks * (1 / jnp.maximum(nested, 1e-38))[..., None], -1, 1)
+    scales = _nearest(scaled, dynamic_map()).reshape(*lead, -1)[..., : out * groups]
+    return {
+        "codes": codes,
+        "scales": scales.reshape(absmax.shape),
+        "nested": nested,
+        "offset": offset,
+    }
+
+
+def _nearest(x: Array, values: np.ndarray) -> Array:
+    """uint8 index of the nearest of the sorted values; the lower one at a tie."""
+    bounds = jnp.asarray((values[:-1] + values[1:]) / np.float32(2))
+    return jnp.searchsorted(bounds, x, side="left", method="compare_all").astype(jnp.uint8)
+
+
+def _int4(x: Array, zero_points: bool) -> dict[str, Array]:
+    if not zero_points:
+        scales = jnp.abs(x).max(-1) / 7
+        codes = _rounded(x, scales, 0, -7, 7) + 8
+        return {"codes": codes.astype(jnp.uint8), "scales": scales}
+    low, high = jnp.minimum(x.min(-1), 0), jnp.maximum(x.max(-1), 0)
+    scales = (high - low) / 15
+    zeros = _rounded(-low[..., None], scales, 0, 0, 15)[..., 0]
+    codes = _rounded(x, scales, zeros[..., None], 0, 15)
+    return {
+        "codes": codes.astype(jnp.uint8), "scales": scales, "zeros": zeros.astype(jnp.uint8)
+    }  # fmt: skip
+
+
+def _rounded(x: Array, scales: Array, zero: Any, low: int, high: int) -> Array:
+    steps = x / jnp.where(scales == 0, 1, scales)[..., None]
+    return jnp.clip(jnp.round(steps) + zero, low, high)
+
+
+def _mxfp4(x: Array) -> dict[str, Array]:
+    absmax = jnp.abs(x).max(-1)
+    # OCP MX 6.3: the exponent of the largest value less that of the largest element, 4 = 2^2.
+    _, power = jnp.frexp(absmax)
+    e = jnp.clip(jnp.where(absmax == 0, 0, power - 1 - 2 + 127), 0, 254).astype(jnp.uint8)
+    magnitude = jnp.abs(x) / exponent(e)[..., None]
+    # Round to nearest, ties to the even code: the midpoint above an odd code goes up.
+    middles = (E2M1[:7] + E2M1[1:8]) / 2
+    above = [magnitude >= m if i % 2 else magnitude > m for i, m in enumerate(middles)]
+    codes = sum(a.astype(jnp.uint8) for a in above)
+    return {"codes": codes | (jnp.signbit(x).astype(jnp.uint8) << 3), "scales": e}
+
+
+def _eight_bits(x: Array, format: str, whole: bool) -> dict[str, Array]:
+    largest = 127.0 if format == "int8" else float(jnp.finfo(FP8[format]).max)
+    absmax = jnp.abs(x).max((-3, -2, -1), keepdims=True)[..., 0] if whole else jnp.abs(x).max(-1)
+    scales = absmax / largest
+    steps = x / jnp.where(scales == 0, 1, scales)[..., None]
+    if format == "int8":
+        return {"codes": jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), "scales": scales}
+    codes = jnp.clip(steps, -largest, largest).astype(FP8[format])
+    return {"codes": jax.lax.bitcast_convert_type(codes, jnp.uint8), "scales": scales}

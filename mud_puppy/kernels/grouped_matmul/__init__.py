@@ -1,0 +1,116 @@
+"""`grouped_matmul`: rows sorted by expert, each times its expert's weight, as in a MoE layer.
+
+`pallas` on GPUs, else `xla`; `reference` only where a test
+asks for it. No row is dropped, and groups may be empty.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from mud_puppy.kernels import selfcheck, target
+from mud_puppy.kernels.formats import Quantized, dequantize
+from mud_puppy.kernels.grouped_matmul import pallas, reference, xla
+
+IMPLEMENTATIONS = ("pallas", "xla", "reference")
+
+
+def grouped_matmul(
+    x: Float[Array, "M n"],
+    w: Any,
+    group_sizes: Int[Array, " E"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "M m"]:
+    """[M, out] in x's dtype: the first group_sizes[0] rows times w[0].T, the next w[1].T, ...
+
+    w is [E, out, in], an array or `Quantized`; of a quantized one, one expert is decoded at a time.
+    Rows after the last group give 0. Sums are float32. Differentiable in x and in an array w; both
+    gradients are sums in a fixed order. Raises ValueError for shapes that do not fit and for an
+    `implementation` that cannot serve the call.
+    """
+    if w.ndim != 3 or w.shape[2] != x.shape[1] or group_sizes.shape != w.shape[:1]:
+        raise ValueError(
+            f"expected x [M, in], w [E, out, in], group_sizes [E]; got x {x.shape}, "
+            f"w {tuple(w.shape)}, group_sizes {group_sizes.shape}"
+        )
+    name = _choose(implementation, x, w)
+    if name == "reference":
+        w = dequantize(w, jnp.float32) if isinstance(w, Quantized) else w
+        return reference.grouped(x, w, group_sizes)
+    return _core(x, w, group_sizes, {"pallas": pallas, "xla": xla}[name])
+
+
+def _choose(implementation: str | None, x: Any, w: Any) -> str:
+    if implementation is None:
+        return "pallas" if _wins(x.dtype) and not _declines(x, w) else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"grouped_matmul {implementation!r} is none of {IMPLEMENTATIONS}")
+    reason = _declines(x, w) if implementation == "pallas" else None
+    if reason is not None:
+        raise ValueError(f"grouped_matmul: pallas cannot serve this call: {reason}")
+    return implementation
+
+
+def _wins(dtype: Any) -> bool:
+    """Whether the kernels are taken by themselves: on GPUs, but for float32.
+
+    XLA has nothing good for this there: its loops wait for the host, and `ragged_dot` computes
+    every expert for every row (docs/kernels.md).
+    """
+    return target.current().platform in ("cuda", "rocm") and dtype != jnp.float32
+
+
+def _declines(x: Any, w: Any) -> str | None:
+    return pallas.declines(x, w) or _fault(x.dtype)
+
+
+def _fault(dtype: Any) -> str | None:
+    """What the self-check of the kernels for this dtype found."""
+    return selfcheck.fault(f"grouped_matmul's kernels for {dtype}", lambda: _case(dtype))
+
+
+def _case(dtype: Any) -> tuple[float, float]:
+    """(error, bound) of the product and both gradients."""
+    r = np.random.default_rng(0)
+    x, w, g = (
+        jnp.asarray(r.normal(size=s), dtype) for s in ((500, 256), (4, 384, 256), (500, 384))
+    )
+    sizes = jnp.array([100, 0, 337, 50])
+
+    def results(f: Any, *args: Any) -> Any:
+        y, pull = jax.vjp(f, *args)
+        return y, *pull(g.astype(y.dtype))
+
+    got = jax.jit(lambda: results(lambda x, w: _core(x, w, sizes, pallas), x, w))()
+    wide = (a.astype(jnp.float32) for a in (x, w))
+    want = results(lambda x, w: reference.grouped(x, w, sizes), *wide)
+    pairs = zip(got, want, strict=True)
+    errors = [abs(a.astype(jnp.float32) - b).max() / abs(b).max() for a, b in pairs]
+    return float(jnp.stack(errors).max()), 4 * float(jnp.finfo(dtype).eps) + 1e-4
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _core(x: Any, w: Any, sizes: Any, module: Any) -> Any:
+    return module.grouped(x, w, sizes)
+
+
+def _core_forward(x: Any, w: Any, sizes: Any, module: Any) -> Any:
+    leaves = jax.tree.leaves(w)
+    args = x.value, jax.tree.map(lambda leaf: leaf.value, w), sizes.value
+    # The scales of a quantized weight do not train.
+    trains = len(leaves) == 1 and leaves[0].perturbed
+    return module.grouped(*args), (args, () if trains else None)
+
+
+def _core_backward(module: Any, residuals: Any, dy: Any) -> Any:
+    (x, w, sizes), trains = residuals
+    dx = module.grouped(dy, w, sizes, transpose=True)
+    return dx, None if trains is None else module.weight_gradient(x, dy, w, sizes), None
+
+
+_core.defvjp(_core_forward, _core_backward, symbolic_zeros=True)

@@ -1,0 +1,121 @@
+"""`quantized_matmul`: x @ w.T for a weight that stays in its codes.
+
+`pallas` decodes inside the product and reads each code once: best where a few rows of x meet the
+weight (generation). `xla` decodes the weight to memory and multiplies it there: best from the
+number of rows that the tuned table names. The gradient of x decodes the weight a second time; what
+is kept between is the codes. Codes and scales get no gradient.
+"""
+
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mud_puppy.kernels import selfcheck, target
+from mud_puppy.kernels.formats import Quantized, quantize
+from mud_puppy.kernels.matmul import matmul
+from mud_puppy.kernels.quantized_matmul import plan as plans
+from mud_puppy.kernels.quantized_matmul import reference, tile, vector, xla
+
+__all__ = ["quantized_matmul"]
+
+IMPLEMENTATIONS = ("pallas", "xla", "reference")
+
+
+def quantized_matmul(
+    x: Float[Array, "*B n"], w: Quantized, implementation: str | None = None
+) -> Float[Array, "*B m"]:
+    """x[..., in] @ dequantize(w)[out, in].T -> [..., out] in x's dtype, summed in float32.
+
+    Differentiable in x alone. `implementation` is "pallas", "xla" or "reference"; None takes the
+    fastest that can serve the call. Raises ValueError for shapes that do not fit, and for a named
+    implementation that cannot serve the call.
+    """
+    if len(w.shape) != 2 or w.shape[1] != x.shape[-1]:
+        raise ValueError(f"expected a weight [out, {x.shape[-1]}], got {w.format} {w.shape}")
+    rows = x.reshape(-1, x.shape[-1])
+    y = _product(rows, w, _choose(rows, w, implementation))
+    return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+@matmul.register(Quantized)
+def _(w: Quantized, x: Array) -> Array:
+    return quantized_matmul(x, w)
+
+
+def _choose(x: Any, w: Quantized, implementation: str | None) -> str:
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"unknown implementation '{implementation}'; choose from {', '.join(IMPLEMENTATIONS)}"
+        )
+    if implementation == "pallas" and (reason := _refusal(x, w)):
+        raise ValueError(f"the Pallas kernel cannot serve this product: {reason}")
+    if implementation is not None:
+        return implementation
+    if target.current().platform not in ("cuda", "rocm") or x.shape[0] > plans.crossover():
+        return "xla"
+    if reason := _refusal(x, w):
+        _say(f"quantized_matmul: {reason}; XLA serves it")
+        return "xla"
+    return "pallas"
+
+
+def _refusal(x: Any, w: Quantized) -> str | None:
+    """Why the Pallas kernel cannot serve the call."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual:
+        return f"the weight may be split over a mesh of {mesh.size} devices"
+    plan = plans.plan(x, w)
+    if isinstance(plan, str):
+        return plan
+    return selfcheck.fault(f"quantized_matmul {w.format}", functools.partial(_case, w))
+
+
+def _case(w: Quantized) -> tuple[float, float]:
+    """The kernel's largest error on a small product of this format, and what is allowed."""
+    keys = jax.random.split(jax.random.key(0))
+    size = max(512, 2 * w.group) if w.scales.shape[-1] > 1 else 512
+    xs = jax.random.normal(keys[0], (3, size), jnp.bfloat16)
+    options: dict[str, Any] = {"zero_points": w.zeros is not None, "double": w.nested is not None}
+    if w.scales.shape[-1] > 1:
+        options["group"] = w.group
+    q = quantize(jax.random.normal(keys[1], (128, size)), w.format, **options)
+    # Both kernels: three rows of x, and one.
+    pairs = [
+        [_run(x, q, i).astype(jnp.float32) for i in ("pallas", "reference")] for x in (xs, xs[:1])
+    ]
+    error = max(float(jnp.abs(got - want).max()) for got, want in pairs)
+    return error, 0.03 * float(jnp.abs(pairs[0][1]).max())
+
+
+def _run(x: Any, w: Quantized, implementation: str) -> Any:
+    if implementation == "pallas":
+        plan = plans.plan(x, w)
+        assert not isinstance(plan, str), plan
+        return (vector if plan.vector else tile).product(plan, x, w)
+    return (xla if implementation == "xla" else reference).product(x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Any, w: Quantized, implementation: str) -> Any:
+    return _run(x, w, implementation)
+
+
+def _forward(x: Any, w: Quantized, implementation: str) -> Any:
+    return _run(x, w, implementation), w
+
+
+def _backward(implementation: str, w: Quantized, g: Any) -> Any:
+    module = reference if implementation == "reference" else xla
+    return module.transposed_product(g, w), None
+
+
+_product.defvjp(_forward, _backward)
+
+
+@functools.cache
+def _say(message: str) -> None:
+    logging.getLogger("mud_puppy").info(message)

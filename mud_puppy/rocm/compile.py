@@ -1,0 +1,207 @@
+"""Compile JAX functions for an AMD card on a machine that has none.
+
+    with Compiler(folder) as compiler:
+        result = compiler.compile(Unit("package.module:build", {"rows": 512}, "RX 7900 XTX"))
+
+A worker process, which has no device, loads XLA's ROCm plugin and compiles one unit after another;
+the caller's own JAX is not touched. `folder` keeps the kernels' binaries (.hsaco), which `binary`
+reads. The unit names a function that builds what is compiled, so that it can cross to the worker.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mud_puppy.errors import UserError
+from mud_puppy.rocm import plugin, standins, targets
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What to compile, for which card.
+
+    `function` is "package.module:name" or "path/file.py:name"; called with `arguments` (JSON
+    values) it returns (callable, positional arguments as jax.ShapeDtypeStruct trees), and may add a
+    third: how often loops within a kernel's main loop run, where the source does not say. It is
+    called and traced while `kernels.target` names the card. `options` are XLA's debug options.
+    """
+
+    function: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    card: str = "gfx1100"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of device memory that one call needs, as XLA planned it."""
+
+    argument: int
+    output: int
+    alias: int
+    temp: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel launch: its symbol, how it is launched, the binary that holds it, its source.
+
+    `binary` is None for the kernels that XLA makes itself, and for Pallas kernels of which several
+    different ones have one name. Of the Pallas source: `dots` matrix products, and the loop with
+    the most of them (an outermost one, unless its inner loops are of unknown length: then
+    `loop_depth` levels further in), `loop_flops` in one pass by the whole block, while the loops
+    within it make `inner_passes` each.
+    """
+
+    name: str
+    grid: tuple[int, int, int]
+    threads: int  # of a block
+    dynamic_lds_bytes: int  # asked for at launch, beside what the binary declares
+    dots: int
+    loop_flops: int
+    loop_depth: int
+    inner_passes: int
+    binary: Path | None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    unit: Unit
+    memory: Memory
+    kernels: tuple[Kernel, ...]  # in launch order; a loop's body stands here once
+    seconds: float
+
+
+class CompileError(RuntimeError):
+    """Building, tracing or compiling a unit failed; the message ends with the compiler's words."""
+
+
+class Compiler:
+    """A worker process that compiles units; it starts with the first and ends with the block."""
+
+    def __init__(self, folder: Path | None = None, plugin_folder: Path | None = None):
+        self._library = plugin.find(plugin_folder)
+        self._scratch = None if folder else tempfile.TemporaryDirectory(prefix="mud-puppy-rocm-")
+        self.folder = Path(folder or self._scratch.name).resolve()  # pyright: ignore
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> "Compiler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+        if self._scratch:
+            self._scratch.cleanup()
+
+    def compile(self, unit: Unit, timeout_s: float = 600.0) -> Compiled:
+        """Raises CompileError; after a crash or a time-out the next unit gets a new worker."""
+        targets.card(unit.card)  # an unknown card is the caller's mistake, not the compiler's
+        answer = self._ask(unit, timeout_s)
+        if "error" in answer:
+            raise CompileError(f"{unit.function} {dict(unit.arguments)}: {answer['error']}")
+        kernels = [
+            Kernel(**{**k, "grid": tuple(k["grid"]), "binary": self._path(k["binary"])})
+            for k in answer["kernels"]
+        ]
+        return Compiled(unit, Memory(**answer["memory"]), tuple(kernels), answer["seconds"])
+
+    def _path(self, name: str | None) -> Path | None:
+        return self.folder / name if name else None
+
+    def _ask(self, unit: Unit, timeout_s: float) -> dict[str, Any]:
+        process = self._process = self._process or self._start()
+        line = json.dumps(
+            {
+                "function": unit.function,
+                "arguments": dict(unit.arguments),
+                "card": targets.card(unit.card).name,
+                "options": dict(unit.options),
+            }
+        )
+        assert process.stdin and process.stdout
+        said = self._log.stat().st_size
+        try:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            return {"error": self._last_words(said)}
+        ready, _, _ = select.select([process.stdout], [], [], timeout_s)
+        if not ready:
+            self._stop()
+            return {"error": f"compiling took longer than {timeout_s:g} s"}
+        answer = process.stdout.readline()
+        return json.loads(answer) if answer else {"error": self._last_words(said)}
+
+    def _start(self) -> subprocess.Popen:
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        environment |= {
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "TF_ROCM_KEEP_XLA_TEMPFILES": "1",
+            "TMPDIR": str(self.folder),
+            "TF_CPP_MIN_LOG_LEVEL": "1",
+            "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from it leaves no binary
+        }
+        command = [sys.executable, "-m", "mud_puppy.rocm.worker", str(self._library)]
+        with open(self._log, "w") as log:
+            return subprocess.Popen(
+                [*command, str(standins.default_cache())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+            )
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "worker.log"
+
+    def _last_words(self, said: int) -> str:
+        """What the worker wrote to its log after that many bytes, before it died."""
+        assert self._process
+        status = self._process.wait(timeout=10)
+        self._stop()
+        log = self._log.read_bytes()[said:].decode(errors="replace")
+        words = log.strip().splitlines()[-12:]
+        return "\n".join([f"the compiler crashed (exit status {status})", *words])
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe:
+                pipe.close()
+
+
+def compile_all(units: Iterable[Unit], folder: Path | None = None) -> list[Compiled | CompileError]:
+    """Compile every unit in one worker; a unit that fails gives its error in its place."""
+    results: list[Compiled | CompileError] = []
+    with Compiler(folder) as compiler:
+        for unit in units:
+            try:
+                results.append(compiler.compile(unit))
+            except CompileError as error:
+                results.append(error)
+    return results
+
+
+def available() -> bool:
+    """Whether a plugin that fits this JAX is here."""
+    try:
+        plugin.find()
+    except UserError:
+        return False
+    return True

@@ -1,0 +1,271 @@
+"""quantized_matmul against float64: every format, 40 drawn shapes, its gradient, its places."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mud_puppy.kernels import formats, matmul, target, token_logps
+from mud_puppy.kernels.formats import FORMATS, Quantized, dequantize, quantize
+from mud_puppy.kernels.quantized_matmul import plans, quantized_matmul
+from tests.kernels.contract import compiled, differences, tolerance
+
+BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
+encoded = jax.jit(quantize, static_argnames=("format", "group", "zero_points", "double"))
+
+
+def weight(out, size, format, *, minimum=False, seed=0, **options) -> Quantized:
+    rng = np.random.default_rng(seed)
+    if minimum:
+        codes = jnp.asarray(rng.integers(0, 16, (out, size)), jnp.uint8)
+        d, m = (jnp.asarray(rng.normal(size=(out, size // 32)), jnp.float16) for _ in range(2))
+        return formats.int4(codes, d, minimum=m)
+    return encoded(jnp.asarray(rng.normal(size=(out, size)), F32), format, **options)
+
+
+def inputs(rows, w, dtype, seed=0):
+    rng = np.random.default_rng(seed + 1)
+    x = jnp.asarray(rng.normal(size=(rows, w.shape[1])), dtype)
+    return x, jnp.asarray(rng.normal(size=(rows, w.shape[0])), dtype)
+
+
+def check(w, rows, dtype, implementation, seed=0):
+    """Forward and dx against the definition in float64."""
+    x, g = inputs(rows, w, dtype, seed)
+    with jax.default_matmul_precision("highest"):  # float32 on a GPU, not TF32
+        got = compiled(lambda x: quantized_matmul(x, w, implementation), (x,), g)
+    want = exact(w, x, g)
+    bound = tolerance(dtype, max(w.shape))
+    assert max(differences(got, want)) < bound
+    return got, want, bound
+
+
+def exact(w, x, g):
+    values, x, g = defined(w), np.asarray(x, np.float64), np.asarray(g, np.float64)
+    return [x @ values.T, g @ values]
+
+
+def defined(w) -> np.ndarray:
+    """The weight in float64, by the table of formats.py's docstring."""
+    codes, scales = np.asarray(w.codes), np.asarray(w.scales)
+    if w.format in formats.PACKED:
+        codes = np.stack([codes >> 4, codes & 15], -1).reshape(w.shape)
+    if w.format in formats.FP8:
+        codes = codes.view(np.dtype(formats.FP8[w.format])).astype(np.float64)
+    if w.format == "mxfp4":
+        scales = 2.0 ** (scales.astype(np.float64) - 127)
+    if w.nested is not None:
+        absmax = np.repeat(np.asarray(w.nested), 256)[: scales.size].reshape(scales.shape)
+        scales = formats.dynamic_map()[scales] * absmax + np.asarray(w.offset)
+    tables = {"nf4": formats.NF4, "mxfp4": formats.E2M1}
+    values = tables[w.format][codes] if w.format in tables else codes.astype(np.float64)
+    values = values.astype(np.float64).reshape(w.shape[0], scales.shape[1], -1)
+    if w.zeros is not None:
+        values = values - np.asarray(w.zeros)[..., None]
+    elif w.format == "int4" and w.minimum is None:
+        values = values - 8
+    values = values * scales.astype(np.float64)[..., None]
+    if w.minimum is not None:
+        values = values + np.asarray(w.minimum, np.float64)[..., None]
+    return values.reshape(w.shape)
+
+
+CASES = {
+    **{format: {"format": format} for format in FORMATS},
+    "nf4 double": {"format": "nf4", "double": True},
+    "nf4 of 256": {"format": "nf4", "group": 256},
+    "int4 of 32": {"format": "int4", "group": 32},
+    "int4 of 128": {"format": "int4", "group": 128},
+    "int4 zero points": {"format": "int4", "zero_points": True},
+    "int4 zero points of 32": {"format": "int4", "group": 32, "zero_points": True},
+    "int4 minimum (Q4_1)": {"format": "int4", "minimum": True},
+    "int8 of 64": {"format": "int8", "group": 64},
+    "int8 tensor": {"format": "int8", "group": "tensor"},
+    "fp8 tensor": {"format": "fp8_e4m3fn", "group": "tensor"},
+    "fp8 of 128": {"format": "fp8_e5m2", "group": 128},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_format_in_the_kernel(case):
+    check(weight(32, 256, **CASES[case]), 3, BF16, "pallas")
+
+
+@pytest.mark.parametrize("case", ["nf4", "int4 zero points", "int8", "fp8_e4m3fn"])
+def test_float16(case):
+    check(weight(32, 256, **CASES[case]), 17, F16, "pallas")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_format_through_xla(case):
+    check(weight(24, 256, **CASES[case]), 5, F32, "xla")
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(st.data())
+def test_drawn_shapes(data):
+    draw = data.draw
+    format = draw(st.sampled_from(["nf4", "int4", "int8", "fp8_e4m3fn", "mxfp4"]))
+    out, size = 16 * draw(st.integers(1, 5)), 64 * draw(st.integers(1, 5))
+    rows, seed = draw(st.integers(1, 40)), draw(st.integers(0, 1000))
+    implementation = draw(st.sampled_from(["pallas", "pallas", "xla", "reference"]))
+    # Any codes but float8's NaN, for nothing needs to be encoded here.
+    rng = np.random.default_rng(seed)
+    packed = format in formats.PACKED
+    codes = rng.integers(0, 256, (out, size // 2 if packed else size)).astype(np.uint8)
+    codes = codes.view(np.int8) if format == "int8" else codes & (255 if packed else 0xBF)
+    groups = size // formats.GROUPS[format] if packed else 1
+    scales = rng.uniform(0.1, 1, (out, groups)).astype(np.float32)
+    if format == "mxfp4":
+        scales = rng.integers(120, 130, (out, groups)).astype(np.uint8)
+    w = Quantized(jnp.asarray(codes), jnp.asarray(scales), format=format)
+    check(w, rows, BF16, implementation, seed)
+
+
+def test_wrong_codes_are_seen():
+    """The mutation partner: nibbles in the other order, the scale of the next group."""
+    w = weight(32, 256, "nf4")
+    x, g = inputs(3, w, BF16)
+    _, want, bound = check(w, 3, BF16, "pallas")
+    swapped = Quantized(formats.swap_nibbles(w.codes), w.scales)
+    shifted = Quantized(w.codes, jnp.roll(w.scales, 1, axis=1))
+    for wrong in (swapped, shifted):
+        got = compiled(lambda x, w=wrong: quantized_matmul(x, w, "pallas"), (x,), g)
+        assert max(differences(got, want)) > 3 * bound
+
+
+def test_leading_axes_of_x():
+    w = weight(32, 128, "nf4")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 128)), BF16)
+    for implementation in ("pallas", "xla"):
+        y = quantized_matmul(x, w, implementation)
+        assert y.shape == (2, 3, 32) and y.dtype == BF16
+        np.testing.assert_array_equal(y[1], quantized_matmul(x[1], w, implementation))
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_stacked_layers(implementation):
+    """A scan strips the layer axis; vmap maps over it."""
+    w = encoded(jnp.asarray(np.random.default_rng(0).normal(size=(3, 32, 128)), F32), "nf4")
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4, 128)), BF16)
+    product = functools.partial(quantized_matmul, implementation=implementation)
+    _, scanned = jax.lax.scan(lambda c, xw: (c, product(*xw)), 0, (x, w))
+    mapped = jax.vmap(product)(x, w)
+    for i in range(3):
+        alone = product(x[i], jax.tree.map(lambda leaf, i=i: leaf[i], w))
+        np.testing.assert_array_equal(scanned[i], alone)
+        np.testing.assert_allclose(mapped[i].astype(F32), alone.astype(F32), atol=0.1)
+
+
+# The gradient.
+
+
+def test_only_codes_are_kept_for_the_backward_pass():
+    w = weight(48, 128, "nf4", double=True)
+    x, g = inputs(5, w, BF16)
+    _, pull = jax.vjp(lambda x: quantized_matmul(x, w), x)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if hasattr(leaf, "size")]
+    assert kept and max(leaf.nbytes for leaf in kept) <= w.codes.nbytes
+    naive = jax.vjp(lambda x: x @ dequantize(w, BF16).T, x)[1]
+    assert max(leaf.nbytes for leaf in jax.tree.leaves(naive)) >= 4 * w.codes.nbytes
+
+
+def test_codes_and_scales_get_no_gradient():
+    w = weight(32, 128, "int4", zero_points=True)
+    x, _ = inputs(3, w, F32)
+    loss = jax.grad(lambda w: quantized_matmul(x, w).sum(), allow_int=True)
+    grads = loss(w)
+    assert grads.codes.dtype == jax.dtypes.float0 and grads.zeros.dtype == jax.dtypes.float0
+    assert not np.any(grads.scales)
+
+
+# Who serves.
+
+
+def pallas_calls(f, *args) -> int:
+    return str(jax.make_jaxpr(f)(*args)).count("pallas_call")
+
+
+def test_the_cpu_decodes_first():
+    w = weight(32, 128, "nf4")
+    assert pallas_calls(lambda x: quantized_matmul(x, w), inputs(1, w, BF16)[0]) == 0
+
+
+@pytest.mark.parametrize("name", ["cuda sm90", "rocm gfx1100"])
+def test_few_rows_are_fused_and_many_decoded_first(name):
+    w = weight(64, 256, "nf4")
+    with target.use(target.Target(*name.split())):
+        limit = plans.crossover()
+        for rows, fused in ((1, 1), (limit, 1), (limit + 1, 0)):
+            x = inputs(rows, w, BF16)[0]
+            assert pallas_calls(lambda x: quantized_matmul(x, w), x) == fused
+        # float32 has no tile: XLA serves.
+        assert pallas_calls(lambda x: quantized_matmul(x, w), inputs(1, w, F32)[0]) == 0
+
+
+def test_a_mesh_leaves_the_product_to_xla():
+    w = weight(64, 256, "nf4")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh), target.use(target.Target("cuda", "sm90")):
+        assert pallas_calls(lambda x: quantized_matmul(x, w), inputs(1, w, BF16)[0]) == 0
+
+
+@pytest.mark.parametrize(
+    "shape, options, dtype, words",
+    [
+        ((32, 128), {"format": "nf4"}, F32, "float32"),
+        ((24, 128), {"format": "nf4"}, BF16, "24 rows"),
+        ((32, 192), {"format": "int4", "group": 96}, BF16, "no tile of 16 words"),
+        ((32, 96), {"format": "mxfp4"}, BF16, "no tile of 16 words"),
+        ((32, 64), {"format": "fp8_e5m2fnuz"}, F16, "float16 does not hold"),
+    ],
+)
+def test_a_forced_kernel_that_cannot_serve_says_why(shape, options, dtype, words):
+    w = weight(*shape, **options)
+    with pytest.raises(ValueError, match=words):
+        quantized_matmul(inputs(2, w, dtype)[0], w, "pallas")
+    check(w, 2, dtype, "xla")
+
+
+def test_refusals():
+    w = weight(32, 128, "nf4")
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
+        quantized_matmul(jnp.ones((2, 128)), w, "cuda")
+    with pytest.raises(ValueError, match=r"expected a weight \[out, 64\]"):
+        quantized_matmul(jnp.ones((2, 64)), w)
+    stacked = jax.tree.map(lambda leaf: leaf[None], w)
+    with pytest.raises(ValueError, match=r"\(1, 32, 128\)"):
+        quantized_matmul(jnp.ones((2, 128)), stacked)
+
+
+# Whatever takes a weight takes this one.
+
+
+def test_matmul_knows_it():
+    w = weight(32, 128, "nf4")
+    x = inputs(3, w, BF16)[0]
+    np.testing.assert_array_equal(matmul(x, w), quantized_matmul(x, w))
+
+
+def test_a_quantized_head():
+    """token_logps of the codes is that of the decoded head, and so is its gradient."""
+    w = weight(96, 64, "int8")
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(2, 5, 64)), F32)
+    targets = jnp.asarray(rng.integers(0, 96, (2, 5)), jnp.int32)
+
+    def loss(head, hidden):
+        logps, entropy = token_logps(hidden, head, targets)
+        return (logps + 0.1 * entropy).sum()
+
+    with jax.default_matmul_precision("highest"):
+        got, want = (
+            jax.jit(jax.value_and_grad(functools.partial(loss, head)))(hidden)
+            for head in (w, dequantize(w, F32))
+        )
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-5)

@@ -34,8 +34,9 @@ these are readings of binaries that XLA's ROCm compiler made without a card (jax
 Columns: vector registers, those spilled, scratch and LDS bytes, threads of a block, waves that
 share a SIMD, matrix products in the source, matrix instructions; then of the main loop: LDS loads
 of one or two bytes, instructions, matrix instructions, what the source asks of a wave in products
-of 16x16x16, llvm-mca's cycles for each matrix instruction. llvm-mca counts a WMMA's issue, not the
-cycles that it occupies the SIMD. "{stock}" is JAX's own kernel, for comparison; it is not held to
+of 16x16x16, llvm-mca's cycles for each matrix instruction (empty
+where it gives none). llvm-mca counts a WMMA's issue, not the cycles that it occupies the SIMD.
+"{stock}" is JAX's own kernel, for comparison; it is not held to
 anything. {compared}
 
 """

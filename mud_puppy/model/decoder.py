@@ -175,7 +175,8 @@ def _attention(
         out = attend(q, k, v, context.segment_ids, window)
     else:
         cache = _write(cache, layer, context.positions, k, v)
-        out = decode_attention(q, cache.k[layer], cache.v[layer], context.positions, window=window)
+        # The whole cache and a layer's number: a kernel reads the layer where it lies.
+        out = decode_attention(q, cache.k, cache.v, context.positions, layer=layer, window=window)
     # flash_attention names its residuals "attention" itself.
     return _modules(out.reshape(*lead, -1), [p["o_proj"]])[0], cache
 

@@ -16,10 +16,14 @@ from mud_puppy.errors import UserError
 from mud_puppy.rocm import elf, instructions
 
 LEFT_OUT = re.compile(r"s_(c?branch|endpgm|wait|barrier|delay)")
-TIMEOUT_S = 30
+TIMEOUT_S = 10  # it takes well under one
 PASSES = 20  # long enough for the start not to show
 VERSIONS = range(30, 19, -1)
 LINE = re.compile(r"\s+(\S.*?)\s*// ([0-9A-F]{12}): ((?:[0-9A-F]{8} ?)+)")
+
+
+class NoEstimate(ValueError):
+    """llvm-mca cannot say how long a loop takes."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def cycles(lines: Iterable[Line], loop: instructions.Loop, arch: str) -> float:
     """llvm-mca's cycles for one pass of a loop of that code.
 
     Jumps, waits and barriers are left out: dependences are modelled without them, and what a wave
-    waits for at a barrier depends on the others.
+    waits for at a barrier depends on the others. Raises NoEstimate.
     """
     inside = (x.text for x in lines if loop.start <= x.at < loop.end)
     body = [_known(text) for text in inside if not LEFT_OUT.match(text)]
@@ -62,7 +66,7 @@ def cycles(lines: Iterable[Line], loop: instructions.Loop, arch: str) -> float:
         result = _mca(body, arch)
     found = re.search(r"Total Cycles:\s+(\d+)", result.stdout)
     if not found:
-        raise ValueError(f"llvm-mca refused the loop:\n{result.stderr[:1000]}")
+        raise NoEstimate(f"llvm-mca refused the loop:\n{result.stderr[:1000]}")
     return int(found[1]) / PASSES
 
 
@@ -75,7 +79,7 @@ def _mca(body: list[str], arch: str) -> subprocess.CompletedProcess[str]:
         )
     except subprocess.TimeoutExpired as slow:
         # Seen with long loops of CDNA: it ran for ten minutes.
-        raise ValueError(f"llvm-mca took longer than {TIMEOUT_S} s") from slow
+        raise NoEstimate(f"llvm-mca took longer than {TIMEOUT_S} s") from slow
 
 
 def _known(text: str) -> str:

@@ -95,11 +95,7 @@ def _row(case: str, kernel: Kernel, estimate: bool) -> Row:
     again = [(x, kernel.inner_passes - 1) for x in within]
     parts = [(loop, 1), *again] if loop else []
     matrix = sum(n * x.counts[MATRIX] for x, n in parts)
-    cycles = None
-    if estimate and parts:
-        lines = assembly.disassemble(kernel.binary, kernel.name)
-        total = sum(n * assembly.cycles(lines, x, read.arch) for x, n in parts if n)
-        cycles = round(total / matrix, 1)
+    total = _cycles(kernel, parts, read.arch) if estimate and parts else None
     return Row(
         arch=read.arch,
         case=case,
@@ -116,8 +112,17 @@ def _row(case: str, kernel: Kernel, estimate: bool) -> Row:
         loop=sum(n * x.counts.total() for x, n in parts),
         loop_matrix=matrix,
         work=round(kernel.loop_flops / 8192 * read.wave_size / kernel.threads, 2),
-        cycles=cycles,
+        cycles=None if total is None else round(total / matrix, 1),
     )
+
+
+def _cycles(kernel: Kernel, parts: list[tuple[instructions.Loop, int]], arch: str) -> float | None:
+    assert kernel.binary
+    lines = assembly.disassemble(kernel.binary, kernel.name)
+    try:
+        return sum(n * assembly.cycles(lines, loop, arch) for loop, n in parts if n)
+    except assembly.NoEstimate:
+        return None
 
 
 def main_loop(loops: list[instructions.Loop], depth: int = 0) -> instructions.Loop | None:

@@ -30,6 +30,13 @@ def _(w: Sum, x: Any) -> Any:
     return matmul(x, w.base) + matmul(x, w.part)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def exact_products():
+    """float32 on an NVIDIA card would be tf32."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of 13 tokens and chunks of 16 words, so that both do not divide T = 37 and V = 50."""

@@ -1,5 +1,7 @@
 """Integers: exact products, scales and zero points, norms that end in int8."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +17,12 @@ from mud_puppy.kernels import (
     quantize_per_tensor,
     quantized_layernorm,
     quantized_rmsnorm,
+    selfcheck,
+    target,
 )
 from mud_puppy.kernels.formats import quantize
+
+module = importlib.import_module("mud_puppy.kernels.qgemm")
 
 
 def floats(*shape, seed=0):
@@ -109,8 +115,31 @@ def test_scales_and_zero_points(implementation, zeros):
 
 def test_qgemm_is_int8_in_the_program():
     a, b = jnp.asarray(codes(16, 64)), jnp.asarray(codes(16, 64))
-    text = jax.jit(qgemm).lower(a, b).as_text()
+    with target.use(target.Target("cpu", "cpu")):
+        text = jax.jit(qgemm).lower(a, b).as_text()
     assert "tensor<16x64xi8>, tensor<16x64xi8>) -> tensor<16x16xi32>" in text
+
+
+def test_a_wrong_integer_product_is_refused_by_name(monkeypatch, caplog):
+    """As XLA's on an H100, which gave twice the sum."""
+    rocm = target.Target("rocm", "gfx1100")
+    monkeypatch.setattr(target, "_device", lambda: rocm)
+    monkeypatch.setattr(selfcheck, "_faults", {})
+    right = module._xla_int8
+    monkeypatch.setattr(module, "_xla_int8", lambda a, b: 2 * right(a, b))
+    a, b = codes(7, 1500), codes(5, 1500, seed=1)
+    with caplog.at_level("INFO", "mud_puppy"):
+        got = product(jnp.asarray(a), jnp.asarray(b), "xla")
+    assert np.array_equal(got, a.astype(np.int64) @ b.T.astype(np.int64))
+    assert "XLA's product of int8 failed its self-check" in caplog.text
+
+
+@pytest.mark.parametrize("K", [32, 1024, 3000])
+def test_parts_are_exact(K):
+    a, b = codes(5, K), codes(6, K, seed=1)
+    a[0], b[0] = -128, -128
+    got = module._in_parts(jnp.asarray(a), jnp.asarray(b))
+    assert np.array_equal(got, a.astype(np.int64) @ b.T.astype(np.int64))
 
 
 def test_refusals():

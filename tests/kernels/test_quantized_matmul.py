@@ -44,6 +44,11 @@ def check(w, rows, dtype, implementation, seed=0):
     return got, want, bound
 
 
+def close(got, want):
+    """Equal but for the order of sums, which may depend on the number of rows."""
+    assert max(differences([got], [want])) < tolerance(got.dtype, 512)
+
+
 def exact(w, x, g):
     values, x, g = defined(w), np.asarray(x, np.float64), np.asarray(g, np.float64)
     return [x @ values.T, g @ values]
@@ -95,6 +100,16 @@ def test_every_format_in_the_kernel(case):
     check(weight(32, 256, **CASES[case]), 3, BF16, "pallas")
 
 
+@pytest.mark.parametrize("case", ["nf4", "nf4 double", "int4", "int4 of 32", "mxfp4"])
+def test_one_row_on_the_vector_units(case):
+    w = weight(32, 512, **CASES[case])
+    for dtype in (BF16, F16):
+        x, _ = inputs(1, w, dtype)
+        plan = plans.plan(x, w)
+        assert not isinstance(plan, str) and plan.vector
+        check(w, 1, dtype, "pallas")
+
+
 @pytest.mark.parametrize("case", ["nf4", "int4 zero points", "int8", "fp8_e4m3fn"])
 def test_float16(case):
     check(weight(32, 256, **CASES[case]), 17, F16, "pallas")
@@ -144,7 +159,7 @@ def test_leading_axes_of_x():
     for implementation in ("pallas", "xla"):
         y = quantized_matmul(x, w, implementation)
         assert y.shape == (2, 3, 32) and y.dtype == BF16
-        np.testing.assert_array_equal(y[1], quantized_matmul(x[1], w, implementation))
+        close(y[1], quantized_matmul(x[1], w, implementation))
 
 
 @pytest.mark.parametrize("implementation", ["pallas", "xla"])
@@ -157,8 +172,8 @@ def test_stacked_layers(implementation):
     mapped = jax.vmap(product)(x, w)
     for i in range(3):
         alone = product(x[i], jax.tree.map(lambda leaf, i=i: leaf[i], w))
-        np.testing.assert_array_equal(scanned[i], alone)
-        np.testing.assert_allclose(mapped[i].astype(F32), alone.astype(F32), atol=0.1)
+        close(scanned[i], alone)
+        close(mapped[i], alone)
 
 
 # The gradient.
@@ -192,7 +207,8 @@ def pallas_calls(f, *args) -> int:
 
 def test_the_cpu_decodes_first():
     w = weight(32, 128, "nf4")
-    assert pallas_calls(lambda x: quantized_matmul(x, w), inputs(1, w, BF16)[0]) == 0
+    with target.use(target.Target("cpu", "cpu")):
+        assert pallas_calls(lambda x: quantized_matmul(x, w), inputs(1, w, BF16)[0]) == 0
 
 
 @pytest.mark.parametrize("name", ["cuda sm90", "rocm gfx1100"])
@@ -209,8 +225,8 @@ def test_few_rows_are_fused_and_many_decoded_first(name):
 
 def test_a_mesh_leaves_the_product_to_xla():
     w = weight(64, 256, "nf4")
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    with jax.set_mesh(mesh), target.use(target.Target("cuda", "sm90")):
+    mesh = jax.sharding.AbstractMesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh), target.use(target.Target("cuda", "sm90")):
         assert pallas_calls(lambda x: quantized_matmul(x, w), inputs(1, w, BF16)[0]) == 0
 
 
@@ -248,7 +264,7 @@ def test_refusals():
 def test_matmul_knows_it():
     w = weight(32, 128, "nf4")
     x = inputs(3, w, BF16)[0]
-    np.testing.assert_array_equal(matmul(x, w), quantized_matmul(x, w))
+    close(matmul(x, w), quantized_matmul(x, w))
 
 
 def test_a_quantized_head():

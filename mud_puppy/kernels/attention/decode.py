@@ -153,7 +153,9 @@ def _case(dtype: Any, D: int, codes: bool) -> tuple[float, float]:
         cache = Cache(k.astype(jnp.int8), v.astype(jnp.int8), k_scales, v_scales)
     positions = jnp.array([[598, 599], [100, 101]])
     options: dict[str, Any] = dict(window=300, scale=D**-0.5, softcap=None)
-    got = jax.jit(lambda: decode_pallas.attention(q, cache, positions, **options)[0])()
+    # Arrays go in as arguments, or XLA would compute with them while it compiles.
+    run = jax.jit(lambda *args: decode_pallas.attention(*args, **options)[0])
+    got = run(q, cache, positions)
     want = _plain(decode_reference.attention, q, cache, positions, None, options)[0]
     error = jnp.abs(got.astype(jnp.float32) - want.astype(jnp.float32)).max()
     return float(error / jnp.abs(want).max()), 4 * float(jnp.finfo(dtype).eps) + 1e-4

@@ -3,10 +3,13 @@
 The queries of a long prompt go in chunks, so that the scores stay [B, H, CHUNK, S].
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from mud_puppy.kernels.matmul import exact
 
 CHUNK = 128
 
@@ -33,8 +36,8 @@ def _attend(
     f32 = jnp.promote_types(q.dtype, jnp.float32)
     B, T, H, D = q.shape
     grouped = q.reshape(B, T, k.shape[2], -1, D)
-    x = jnp.einsum("btkgd,bskd->bkgts", grouped, k.astype(q.dtype), preferred_element_type=f32)
-    x *= scale
+    dot = partial(jnp.einsum, precision=exact(q.dtype), preferred_element_type=f32)
+    x = dot("btkgd,bskd->bkgts", grouped, k.astype(q.dtype)) * scale
     x = x if softcap is None else softcap * jnp.tanh(x / softcap)
     slot, at = jnp.arange(k.shape[1]), positions[..., None]
     seen = slot <= at
@@ -52,7 +55,7 @@ def _attend(
     if sinks is not None:
         total += jnp.exp(sink - top)
     p = (e / jnp.where(total == 0, 1, total)).astype(q.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", p, v.astype(q.dtype), preferred_element_type=f32)
+    out = dot("bkgts,bskd->btkgd", p, v.astype(q.dtype))
     lse = (top + jnp.log(total))[..., 0]  # [B, K, G, T]
     return out.astype(q.dtype).reshape(B, T, H, -1), jnp.moveaxis(lse, 3, 1).reshape(B, T, H)
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from mud_puppy.kernels.attention.dropout import kept
 from mud_puppy.kernels.attention.plan import Options
+from mud_puppy.kernels.matmul import exact
 
 # Queries and keys a block at most: on 2 CPU cores 128 is 1.3x as fast as 256, 1.8x as 512 (float32,
 # T 1024, 9 heads of 64, forward and backward); an accelerator wants fewer, larger steps.
@@ -220,9 +221,7 @@ def _each(step: Any, state: Any, pairs: np.ndarray) -> Any:
 
 def _dot(spec: str, a: Array, b: Array) -> Array:
     f32 = jnp.promote_types(a.dtype, jnp.float32)
-    # GPUs would take float32 to TF32.
-    precision = "highest" if a.dtype == jnp.float32 else None
-    return jnp.einsum(spec, a, b, preferred_element_type=f32, precision=precision)
+    return jnp.einsum(spec, a, b, preferred_element_type=f32, precision=exact(a.dtype))
 
 
 def _block(n: int, most: int) -> int:

@@ -119,7 +119,7 @@ def _is_array(head: Any) -> bool:
 
 def _choose(implementation: str | None, hidden: Any, head: Any) -> str:
     if implementation is None:
-        return "pallas" if _wins(hidden.dtype) and not _declines(hidden, head) else "xla"
+        return "pallas" if _wins(hidden, head) and not _declines(hidden, head) else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"cross-entropy {implementation!r} is none of {IMPLEMENTATIONS}")
     reason = _declines(hidden, head) if implementation == "pallas" else None
@@ -128,13 +128,15 @@ def _choose(implementation: str | None, hidden: Any, head: Any) -> str:
     return implementation
 
 
-def _wins(dtype: Any) -> bool:
+def _wins(hidden: Any, head: Any) -> bool:
     """Whether the kernels are taken by themselves: where they were measured to be faster.
 
-    On an H100 they are (docs/kernels.md), but for float32, which has no tensor cores of its own.
-    AMD's GEMMs, which XLA calls, have not been compared with them on a card.
+    On an H100 they are (docs/kernels.md), but for float32, which has no tensor cores of its own,
+    and for a head of another dtype, of which they need a copy and XLA a chunk at a time. AMD's
+    GEMMs, which XLA calls, have not been compared with them on a card.
     """
-    return target.current().platform == "cuda" and dtype != jnp.float32
+    same = head.dtype == hidden.dtype and hidden.dtype != jnp.float32
+    return same and target.current().platform == "cuda"
 
 
 def _declines(hidden: Any, head: Any) -> str | None:
@@ -152,19 +154,20 @@ def _case(dtype: Any) -> tuple[float, float]:
     x, w = (jnp.asarray(r.normal(size=s) / 8, dtype) for s in ((1, 300, 256), (1000, 256)))
     y = jnp.asarray(r.integers(0, 1000, (1, 300)), jnp.int32)
 
-    def results(run: Any, dtype: Any) -> list:
+    def results(run: Any, x: Any, w: Any) -> list:
         def both(x: Any) -> Any:
-            stats = run(x, w.astype(dtype), y, Shape(softcap=20.0))
+            stats = run(x, w, y, Shape(softcap=20.0))
             return stats.logp.sum(), stats
 
         def smooth(x: Any) -> Any:
             return both(x)[1].mean.sum() + both(x)[1].entropy.sum()
 
-        slope, stats = jax.grad(both, has_aux=True)(x.astype(dtype))
-        return [slope, jax.grad(smooth)(x.astype(dtype)), *stats]
+        slope, stats = jax.grad(both, has_aux=True)(x)
+        return [slope, jax.grad(smooth)(x), *stats]
 
-    got = jax.jit(lambda: results(partial(_core, module=pallas, keep=True), dtype))()
-    want = jax.jit(lambda: results(reference.stats, jnp.float32))()
+    # Arrays go in as arguments, or XLA would compute with them while it compiles.
+    got = jax.jit(partial(results, partial(_core, module=pallas, keep=True)))(x, w)
+    want = jax.jit(partial(results, reference.stats))(*(a.astype(jnp.float32) for a in (x, w)))
     pairs = zip(got, want, strict=True)
     errors = [abs(a.astype(jnp.float32) - b).max() / abs(b).max() for a, b in pairs]
     return float(jnp.stack(errors).max()), 4 * float(jnp.finfo(dtype).eps) + 1e-4

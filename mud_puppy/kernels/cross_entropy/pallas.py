@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from mud_puppy.kernels import pallas as pl
 from mud_puppy.kernels import tuned
 from mud_puppy.kernels.cross_entropy.stats import Shape, Stats, slope_weights
+from mud_puppy.kernels.formats import Quantized
+from mud_puppy.kernels.matmul import exact
 
 BLOCK_BYTES = 128 * 2**20  # of one block's [tokens, V] in the compute dtype
 LOG2_E = 1.4426950408889634
@@ -31,8 +33,8 @@ GROUP = 8  # token tiles that share a vocabulary tile in the L2
 def declines(x: Any, head: Any) -> str | None:
     """Why this implementation cannot serve the call, or None."""
     mesh = jax.sharding.get_abstract_mesh()
-    if not hasattr(head, "ndim"):
-        return f"the head is a {type(head).__name__}"
+    if isinstance(head, Quantized):
+        return "the head is quantized"
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"hidden is {x.dtype}"
     if x.shape[2] % 16:
@@ -237,8 +239,8 @@ def _divmod(a: Any, b: Any) -> tuple[Any, Any]:
 
 
 def _product(a: Any, b: Any) -> Any:
-    dims = (((1,), (0,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    """a @ b in float32, and float32 is not tf32, as in the kernels."""
+    return jnp.matmul(a, b, precision=exact(a.dtype), preferred_element_type=jnp.float32)
 
 
 def _over_blocks(block: Callable, V: int, x: Any, *rest: Any) -> Any:

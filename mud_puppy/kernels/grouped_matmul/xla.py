@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mud_puppy.kernels.formats import Quantized, dequantize
+from mud_puppy.kernels.matmul import exact
 
 MAX_ROWS = 1024  # of a tile
 
@@ -27,7 +28,7 @@ def grouped(x: Any, w: Any, sizes: Any, transpose: bool = False) -> Any:
 
         def step(out: Any, start: Any, new: Any) -> Any:
             rows = jax.lax.dynamic_slice_in_dim(x, start, tile)
-            y = jax.lax.dot_general(rows, weight, dims, preferred_element_type=jnp.float32)
+            y = _dot(rows, weight, dims)
             old = jax.lax.dynamic_slice_in_dim(out, start, tile)
             y = jnp.where(new[:, None], y.astype(x.dtype), old)
             return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)
@@ -50,7 +51,7 @@ def weight_gradient(x: Any, dy: Any, w: Any, sizes: Any) -> Any:
             a, b = (jax.lax.dynamic_slice_in_dim(z, start, tile) for z in (dy, x))
             a = jnp.where(new[:, None], a, 0)
             dims = (((0,), (0,)), ((), ()))
-            return total + jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+            return total + _dot(a, b, dims)
 
         total = jnp.zeros(w.shape[1:], jnp.float32)
         return None, _over_tiles(step, total, first, size, tile, len(x)).astype(w.dtype)
@@ -82,3 +83,9 @@ def _tiled(x: Any, w: Any) -> tuple[int, int, Any]:
 
 def _dense(weight: Any, dtype: Any) -> Any:
     return dequantize(weight, dtype) if isinstance(weight, Quantized) else weight.astype(dtype)
+
+
+def _dot(a: Any, b: Any, dims: Any) -> Any:
+    return jax.lax.dot_general(
+        a, b, dims, precision=exact(a.dtype), preferred_element_type=jnp.float32
+    )

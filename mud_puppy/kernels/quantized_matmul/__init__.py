@@ -36,8 +36,8 @@ def quantized_matmul(
     """
     if len(w.shape) != 2 or w.shape[1] != x.shape[-1]:
         raise ValueError(f"expected a weight [out, {x.shape[-1]}], got {w.format} {w.shape}")
-    rows = x.reshape(-1, x.shape[-1])
-    y = _product(rows, w, _choose(rows, w, implementation))
+    rows: Any = x.reshape(-1, x.shape[-1])
+    y: Any = _product(rows, w, _choose(rows, w, implementation))
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
@@ -71,7 +71,9 @@ def _refusal(x: Any, w: Quantized) -> str | None:
     plan = plans.plan(x, w)
     if isinstance(plan, str):
         return plan
-    return selfcheck.fault(f"quantized_matmul {w.format}", functools.partial(_case, w))
+    parts = [name for name in ("zeros", "minimum", "nested") if getattr(w, name) is not None]
+    name = " ".join(["quantized_matmul", w.format, *parts, f"group {plan.span}"])
+    return selfcheck.fault(name, functools.partial(_case, w))
 
 
 def _case(w: Quantized) -> tuple[float, float]:

@@ -32,11 +32,13 @@ def rocm_cases(arch: str) -> list[tuple[str, str, dict[str, Any]]]:
     ]
 
 
-def unit(name: str, rows: int) -> tuple[Callable, tuple[Any, ...]]:
-    """(function, argument shapes) of one case."""
+def unit(
+    name: str, rows: int, tiles: dict[str, int] | None = None
+) -> tuple[Callable, tuple[Any, ...]]:
+    """(function, argument shapes) of one case, with these tiles in the place of the table's."""
     weight = jax.ShapeDtypeStruct((OUT, IN), jnp.float32)
     q = jax.eval_shape(lambda w: formats.quantize(w, **VARIANTS[name]), weight)
     x = jax.ShapeDtypeStruct((rows, IN), jnp.bfloat16)
-    plan = plans.plan(x, q)
+    plan = plans.plan(x, q, tiles)
     assert not isinstance(plan, str), plan
     return lambda x, q: (vector if plan.vector else tile).product(plan, x, q), (x, q)

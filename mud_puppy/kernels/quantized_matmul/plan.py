@@ -1,6 +1,5 @@
 """Which tiles the fused kernel takes for a call, or why it cannot serve it."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,52 +29,65 @@ class Plan:
     vector: bool = False  # on the vector units, for a single row of x
 
 
-def plan(x: Any, w: Quantized) -> Plan | str:
-    """The plan for x[M, in] and w[out, in], or the reason why there is none."""
+def plan(x: Any, w: Quantized, tiles: dict[str, int] | None = None) -> Plan | str:
+    """The plan for x[M, in] and w[out, in], or the reason why there is none.
+
+    `tiles` stands in the place of the table's entry, where tiles are being chosen.
+    """
     M, K = x.shape
     N = w.shape[0]
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {jnp.dtype(x.dtype).name}, not bfloat16 or float16"
     if x.dtype == jnp.float16 and w.format == "fp8_e5m2fnuz":
         return "float16 does not hold every fp8_e5m2fnuz"
-    group = w.group
-    row_scales = w.scales.shape[-1] == 1 and w.zeros is None and w.minimum is None
-    row_scales = row_scales and w.format not in formats.PACKED
-    span = min(SPAN, (K & -K) if row_scales else (group & -group))
-    words = span // decode.per_word(w.format)
-    if words < 8:
-        return f"groups of {group} are too short"
-    tiles = tuned.tiles(OP, f"{kind(w.format)} {_bucket(M)}")
-    rows = min(tiles["rows"], N & -N)
-    if rows < 16:
+    if N % 16:
         return f"{N} rows have no tile of 16 or more"
-    total = K // span
-    per_group = 1 if row_scales else group // span
-    if M == 1 and w.format in formats.PACKED and w.zeros is None and w.minimum is None:
-        vector = _vector(N, span, total, per_group, w.format)
-        if vector is not None:
-            return vector
-    most = max(1, min(tiles["columns"] // span, per_group if per_group > 1 else total))
-    spans = math.gcd(1 << (most.bit_length() - 1), per_group if per_group > 1 else total)
-    if spans * words < 16:
-        return f"rows of {K} elements in groups of {group} have no tile of 16 words"
-    x_rows = min(tiles["x_rows"], max(16, 1 << (M - 1).bit_length()))
-    programs = N // rows * -(-M // x_rows)
-    splits = _splits(total // spans, tiles["programs"] / programs)
-    return Plan(
-        rows, x_rows, span, spans, per_group, row_scales, splits,
-        tiles["num_warps"], tiles["num_stages"],
-    )  # fmt: skip
+    offsets = w.zeros is not None or w.minimum is not None
+    row_scales = w.scales.shape[-1] == 1 and not offsets and w.format not in formats.PACKED
+    span = min(SPAN, (K & -K) if row_scales else (w.group & -w.group))
+    if span // decode.per_word(w.format) < 8:
+        return f"groups of {w.group} are too short"
+    shape = Shape(M, N, K // span, span, 1 if row_scales else w.group // span, row_scales)
+    if M == 1 and w.format in formats.PACKED and not offsets and shape.per_group == 1:
+        found = _vector(shape, tiles or tuned.tiles(OP, f"{kind(w.format)} 1"))
+        if found is not None:
+            return found
+    return _matrix(shape, tiles or tuned.tiles(OP, f"{kind(w.format)} {_bucket(M)}"), w)
 
 
-def _vector(N: int, span: int, total: int, per_group: int, format: str) -> Plan | None:
-    """The plan for a single row of x, where the weight has a 4-bit format without zero points."""
-    tiles = tuned.tiles(OP, f"{kind(format)} 1")
-    rows, spans = min(tiles["rows"], N & -N), min(tiles["columns"] // span, total & -total)
-    if per_group > 1 or span * spans < 128:
+@dataclass(frozen=True)
+class Shape:
+    M: int  # rows of x
+    N: int  # rows of the weight
+    total: int  # spans of a row
+    span: int
+    per_group: int
+    row_scales: bool
+
+
+def _vector(shape: Shape, tiles: dict[str, int]) -> Plan | None:
+    """For a single row of x; None where a row of the weight has no step of a useful size."""
+    rows = min(tiles["rows"], shape.N & -shape.N)
+    spans = min(tiles["columns"] // shape.span, shape.total & -shape.total)
+    if shape.span * spans < 128:
         return None
+    warps, stages = tiles["num_warps"], tiles["num_stages"]
+    return Plan(rows, 1, shape.span, spans, 1, False, 1, warps, stages, vector=True)
+
+
+def _matrix(shape: Shape, tiles: dict[str, int], w: Quantized) -> Plan | str:
+    rows = min(tiles["rows"], shape.N & -shape.N)
+    # A step holds spans of one group, or whole groups; in either case a power of two of them.
+    whole = shape.per_group if shape.per_group > 1 else shape.total
+    spans = min(tiles["columns"] // shape.span, whole & -whole)
+    if spans * shape.span // decode.per_word(w.format) < 16:
+        return f"rows of {w.shape[1]} in groups of {w.group} have no tile of 16 words"
+    x_rows = min(tiles["x_rows"], max(16, 1 << (shape.M - 1).bit_length()))
+    programs = shape.N // rows * -(-shape.M // x_rows)
+    splits = _splits(shape.total // spans, tiles["programs"] / programs)
     return Plan(
-        rows, 1, span, spans, 1, False, 1, tiles["num_warps"], tiles["num_stages"], vector=True
+        rows, x_rows, shape.span, spans, shape.per_group, shape.row_scales, splits,
+        tiles["num_warps"], tiles["num_stages"],
     )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def _program(plan: Plan, format: str, dtype: Any, refs: dict, out_ref: Any) -> N
     pl.store(out_ref.at[pl.ds(0, 1), rows], sums.sum(1)[None, :].astype(out_ref.dtype))
 
 
-def _elements(x_ref: Any, first: Any, shape: tuple[int, int], dtype: Any) -> list[Any]:
+def _elements(x_ref: Any, first: Any, shape: tuple[int, ...], dtype: Any) -> list[Any]:
     """Elements 0 to 3 of each word of the spans from `first`: float32 [spans, words of a span]."""
     span = first + jnp.arange(shape[0], dtype=jnp.int32)[:, None]
     word = jnp.arange(shape[1], dtype=jnp.int32)[None, :]

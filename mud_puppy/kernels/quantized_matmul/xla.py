@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from mud_puppy.kernels.formats import Quantized, dequantize
-from mud_puppy.kernels.matmul import contract_last
+from mud_puppy.kernels.matmul import contract_last, exact
 
 
 def product(x: Any, w: Quantized) -> Any:
@@ -12,4 +14,4 @@ def product(x: Any, w: Quantized) -> Any:
 
 def transposed_product(g: Any, w: Quantized) -> Any:
     """g[..., out] @ w[out, in]"""
-    return g @ dequantize(w, g.dtype)
+    return jnp.matmul(g, dequantize(w, g.dtype), precision=exact(g.dtype))

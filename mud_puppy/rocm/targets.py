@@ -3,9 +3,10 @@
 `card("gfx1100")`, `card("RX 7900 XTX")` and `card("mi300x")` find one; `target_config(card)` is
 the description that XLA compiles for. Figures are the vendor's peaks, not measurements.
 
-Sources: compute units, memory, LDS, L2 and register files from AMD's table of GPU specifications
-(`SPECS`); peaks, clocks and bandwidth from each card's product page (`Card.source`); the limits of
-a wave from LLVM's AMDGPU backend (`Architecture.source`).
+Sources: compute units, memory, LDS, L2 and register files as in AMD's table of GPU specifications
+(`SPECS`); peaks, clocks and bandwidth as AMD publishes them (`Card.source` is the page to hold them
+against: it was not opened when they were written down, beyond the check that each peak is compute
+units x clock x the matrix rate); the limits of a wave from LLVM's AMDGPU backend.
 """
 
 from dataclasses import dataclass

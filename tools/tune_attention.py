@@ -10,22 +10,19 @@ that share a SIMD. Nothing is timed: no card is here. Needs what tools/rocm_tabl
 """
 
 import argparse
-import datetime
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import jax
+from tune_tiles import write
 
-from mud_puppy.kernels import tuned
 from mud_puppy.kernels.attention.cases import FUNCTION, HEADS
 from mud_puppy.kernels.attention.prepare import PASSES
 from mud_puppy.rocm import assembly, binary, instructions, targets
 from mud_puppy.rocm.compile import CompileError, Compiler, Unit
 
-TABLE = tuned.TABLES / "flash_attention.json"
+OP = "flash_attention"
 ARCHS = ["gfx1100", "gfx1201", "gfx90a", "gfx942", "gfx950"]
 METHOD = (
     "tools/tune_attention.py: no spills, LDS in bounds, no two-byte LDS loads in the loops, then "
@@ -53,20 +50,20 @@ def main() -> None:
     parser.add_argument("--kernel", nargs="+", default=list(PASSES), choices=PASSES)
     parser.add_argument("--width", nargs="+", type=int, default=list(HEADS), choices=list(HEADS))
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--write", action="store_true", help=f"put the best into {TABLE.name}")
+    parser.add_argument("--write", action="store_true", help=f"put the best into {OP}.json")
     options = parser.parse_args()
     with Compiler() as compiler:
         for arch, kernel, width in itertools.product(options.arch, options.kernel, options.width):
             kind = "float32" if options.dtype == "float32" else "half"
             if kernel == "d_values" and _together(arch, width):
                 if options.write:
-                    _write(arch, f"{kernel} {kind} {width}", {})
+                    write(OP, arch, f"{kernel} {kind} {width}", {}, METHOD)
                 continue
             results = _try_all(compiler, arch, kernel, width, options.dtype)
             for r in results[:4]:
                 print(arch, kernel, width, *(f"{k}={v}" for k, v in vars(r).items()), flush=True)
             if options.write and results:
-                _write(arch, f"{kernel} {kind} {width}", results[0].tile)
+                write(OP, arch, f"{kernel} {kind} {width}", results[0].tile, METHOD)
 
 
 def candidates(arch: str, kernel: str, width: int, dtype: str) -> Iterator[dict[str, Any]]:
@@ -159,32 +156,6 @@ def _cycles(loops: list, lines: list, arch: str, tile: dict, kernel: str, width:
             total += sum(turns * assembly.cycles(lines, x, arch) for x in turning)
         best = min(best, total / work)
     return best
-
-
-def _write(arch: str, key: str, tile: dict) -> None:
-    table = json.loads(TABLE.read_text())
-    entry = table.setdefault(arch, {"tiles": {}})
-    entry |= {
-        "device": f"none: compiled for {targets.card(arch).name}",
-        "versions": f"jax {jax.__version__}",
-        "date": datetime.date.today().isoformat(),
-        "method": METHOD,
-    }
-    entry["tiles"][key] = tile
-    TABLE.write_text(_compact(table))
-
-
-def _compact(table: dict) -> str:
-    """One line a tile."""
-    lines = []
-    for arch, entry in table.items():
-        head = {k: v for k, v in entry.items() if k != "tiles"}
-        rows = [f"   {json.dumps(k)}: {json.dumps(v)}" for k, v in entry["tiles"].items()]
-        start = "".join(f"  {json.dumps(k)}: {json.dumps(v)},\n" for k, v in head.items())
-        lines.append(
-            f' {json.dumps(arch)}: {{\n{start}  "tiles": {{\n' + ",\n".join(rows) + "\n  }}"
-        )
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 if __name__ == "__main__":

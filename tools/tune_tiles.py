@@ -79,7 +79,7 @@ def main() -> None:
                     for t in trials:
                         print(arch, op, key, *(f"{k}={v}" for k, v in vars(t).items()), flush=True)
                     if options.write and trials:
-                        _write(op, arch, key, trials[0].tile)
+                        write(op, arch, key, trials[0].tile, METHOD)
 
 
 def _gemms(op: str, names: tuple[str, str], keys: dict, function: str, arch: str) -> Iterator:
@@ -177,7 +177,8 @@ def _key_cycles(compiled: Any, tile: dict) -> float:
     return total / tile["block"] * 4 / tile.get("rows", 4)
 
 
-def _write(op: str, arch: str, key: str, tile: dict) -> None:
+def write(op: str, arch: str, key: str, tile: dict, method: str) -> None:
+    """Puts a tile, chosen by reading binaries, into the table of `op`."""
     path = tuned.TABLES / f"{op}.json"
     table = json.loads(path.read_text())
     entry = table.setdefault(arch, {"tiles": {}})
@@ -185,7 +186,7 @@ def _write(op: str, arch: str, key: str, tile: dict) -> None:
         "device": f"none: compiled for {targets.card(arch).name}",
         "versions": f"jax {jax.__version__}",
         "date": datetime.date.today().isoformat(),
-        "method": METHOD,
+        "method": method,
     }
     entry["tiles"][key] = tile
     path.write_text(tuned_text(table))

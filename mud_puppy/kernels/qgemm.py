@@ -19,8 +19,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
+from mud_puppy.kernels import choice, selfcheck, target, tuned
 from mud_puppy.kernels import pallas as pl
-from mud_puppy.kernels import selfcheck, target, tuned
 from mud_puppy.kernels.matmul import matmul
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
@@ -96,23 +96,16 @@ def _row(value: Any, size: int) -> Array:
 
 
 def _product(a: Array, b: Array, implementation: str | None) -> Array:
-    if implementation not in (None, "pallas", "xla"):
-        raise ValueError(f"unknown implementation '{implementation}'; choose pallas or xla")
-    if implementation is None and target.current().platform not in ("cuda", "rocm"):
-        return _xla(a, b)
-    reason = _refusal(b)
-    if implementation == "pallas" and reason:
-        raise ValueError(f"the Pallas kernel cannot serve this product: {reason}")
-    if implementation is None and reason:
-        _say(f"qgemm: {reason}; XLA serves it")
-    return _xla(a, b) if implementation == "xla" or reason else _pallas(a, b)
+    order = ("pallas",) if target.current().platform in ("cuda", "rocm") else ()
+    declines = {"pallas": lambda: _refusal(b)}
+    name = choice.choose(OP, implementation, ("pallas", "xla"), declines, order)
+    return _pallas(a, b) if name == "pallas" else _xla(a, b)
 
 
 def _refusal(b: Array) -> str | None:
     N, K = b.shape
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual:
-        return f"the operands may be split over a mesh of {mesh.size} devices"
+    if (split := choice.split_over_mesh()) is not None:
+        return split
     if N % 16 or K % 32:
         return f"b is [{N}, {K}], not multiples of [16, 32]"
     return selfcheck.fault("qgemm's Pallas kernel", functools.partial(_case, _pallas))
@@ -130,7 +123,7 @@ def _xla(a: Array, b: Array) -> Array:
     fault = selfcheck.fault("XLA's product of int8", functools.partial(_case, _xla_int8))
     if fault is None:
         return _xla_int8(a, b)
-    _say(f"qgemm: {fault}; parts in bfloat16 serve instead")
+    choice.say(logging.WARNING, f"qgemm: {fault}; parts in bfloat16 serve instead")
     return _in_parts(a, b)
 
 
@@ -149,11 +142,6 @@ def _in_parts(a: Array, b: Array) -> Array:
     dims = (((2,), (2,)), ((1,), (1,)))
     sums = lax.dot_general(parts(a), parts(b), dims, preferred_element_type=jnp.float32)
     return sums.astype(jnp.int32).sum(0)
-
-
-@functools.cache
-def _say(message: str) -> None:
-    logging.getLogger("mud_puppy").info(message)
 
 
 def _pallas(a: Array, b: Array) -> Array:

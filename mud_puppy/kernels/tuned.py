@@ -13,7 +13,7 @@ import json
 import logging
 from pathlib import Path
 
-from mud_puppy.kernels import target
+from mud_puppy.kernels import choice, target
 
 TABLES = Path(__file__).with_name("tables")
 # The interpreter's tiles do not matter for speed; it takes RDNA3's, which the emulator also runs.
@@ -32,7 +32,9 @@ def tiles(op: str, key: str) -> dict[str, int]:
     table = _table(op)
     chosen = arch if arch in table else _relative(arch)
     if chosen != arch and arch != "cpu":
-        _say(f"{op}: no tiles were tuned for {arch}; those of {chosen} are used")
+        choice.say(
+            logging.INFO, f"{op}: no tiles were tuned for {arch}; those of {chosen} are used"
+        )
     return table[chosen]["tiles"][key]
 
 
@@ -43,8 +45,3 @@ def _relative(arch: str) -> str:
 @functools.cache
 def _table(op: str) -> dict:
     return json.loads((TABLES / f"{op}.json").read_text())
-
-
-@functools.cache
-def _say(message: str) -> None:
-    logging.getLogger("mud_puppy").info(message)

@@ -79,4 +79,4 @@ def _compute(operation: str, v: list, half: np.dtype) -> Any:
         case "fma":
             a, b, c = (np.ascontiguousarray(x)[:, None].view(half).astype(np.float64) for x in v)
             return (a * b + c).astype(half).view(np.uint32)[:, 0]
-    raise NotImplementedError(operation)
+    raise ValueError(f"this interpreter does not know {operation}")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mud_puppy.kernels import decode_attention, flash_attention, selfcheck, target, tuned
+from mud_puppy.kernels import choice, decode_attention, flash_attention, selfcheck, target, tuned
 from mud_puppy.kernels.attention import (
     cudnn,
     decode_xla,
@@ -499,7 +499,7 @@ def cpu():
 
 
 def test_says_once_who_serves_and_why(cpu, caplog):
-    selection._say.cache_clear()
+    choice.say.cache_clear()
     args = qkv()
     with caplog.at_level(logging.INFO, logger="mud_puppy"):
         flash_attention(*args)
@@ -565,7 +565,7 @@ def test_chooses_by_chip_and_call(hopper, monkeypatch):
 
 
 def test_a_wrong_kernel_is_refused_by_name(monkeypatch, caplog):
-    selection._say.cache_clear()
+    choice.say.cache_clear()
     wrong = "attention kernels failed"
     assert chosen("gfx1100", monkeypatch, fault=wrong) == "xla"
     assert caplog.records[0].levelname == "WARNING" and wrong in caplog.text

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import mud_puppy
+from mud_puppy.kernels import choice, grouped_matmul, linear_cross_entropy, selfcheck, target, tuned
 from mud_puppy.kernels import pallas as pl
-from mud_puppy.kernels import selfcheck, target, tuned
 from mud_puppy.kernels.target import Target
 
 PACKAGE = Path(mud_puppy.__file__).parent
@@ -70,7 +70,7 @@ def test_target_can_be_named():
 def table(tmp_path, monkeypatch):
     monkeypatch.setattr(tuned, "TABLES", tmp_path)
     tuned._table.cache_clear()
-    tuned._say.cache_clear()
+    choice.say.cache_clear()
     rows = {arch: {"tiles": {"forward 64": {"block": i}}} for i, arch in enumerate(ARCHS)}
     del rows["gfx1101"]
     (tmp_path / "op.json").write_text(json.dumps(rows))
@@ -141,3 +141,48 @@ def test_selfcheck_inside_a_trace(on_rocm):
 def test_no_selfcheck_without_a_device(on_rocm):
     with target.use(Target("rocm", "gfx1100")):
         assert selfcheck.fault("some_op", lambda: 1 / 0) is None
+
+
+NAMES = ("pallas", "xla")
+
+
+def choose(forced, reason, order=("pallas",)):
+    choice.say.cache_clear()
+    return choice.choose("some_op", forced, NAMES, {"pallas": lambda: reason}, order)
+
+
+@pytest.mark.parametrize(
+    "forced, reason, order, name, level, words",
+    [
+        (None, None, ("pallas",), "pallas", "INFO", "some_op: pallas"),
+        (None, "it is odd", ("pallas",), "xla", "WARNING", "pallas declined: it is odd"),
+        (None, "it is odd", (), "xla", "INFO", "some_op: xla on"),
+        ("xla", "it is odd", ("pallas",), "xla", "INFO", "some_op: xla, as asked for"),
+    ],
+)
+def test_what_serves_is_said(caplog, forced, reason, order, name, level, words):
+    with caplog.at_level("INFO", "mud_puppy"):
+        assert choose(forced, reason, order) == name
+    [record] = caplog.records
+    assert record.levelname == level and words in record.getMessage()
+
+
+def test_a_forced_implementation_does_not_fall_back():
+    with pytest.raises(ValueError, match="some_op: pallas cannot serve this call: it is odd"):
+        choose("pallas", "it is odd")
+    with pytest.raises(ValueError, match="some_op: implementation 'cuda' is none of"):
+        choose("cuda", None)
+
+
+@pytest.mark.parametrize("op", ["cross-entropy", "grouped_matmul"])
+def test_a_kernel_that_fails_its_check_is_named(monkeypatch, caplog, op):
+    monkeypatch.setattr(target, "_device", lambda: Target("cuda", "sm90"))
+    monkeypatch.setattr(selfcheck, "fault", lambda name, case: f"{name} failed its self-check")
+    choice.say.cache_clear()
+    x = jnp.ones((1, 16, 16), jnp.bfloat16)
+    with caplog.at_level("WARNING", "mud_puppy"):
+        if op == "cross-entropy":
+            linear_cross_entropy(x, jnp.ones((32, 16), x.dtype), jnp.zeros((1, 16), jnp.int32))
+        else:
+            grouped_matmul(x[0], jnp.ones((1, 16, 16), x.dtype), jnp.array([16]))
+    assert any(op in r.getMessage() and "self-check" in r.getMessage() for r in caplog.records)

@@ -5,7 +5,6 @@ only where a test asks for it. The cache may be pages, int8 codes, or all layers
 """
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from mud_puppy.kernels import selfcheck, target
+from mud_puppy.kernels import choice, selfcheck, target
 from mud_puppy.kernels.attention import decode_pallas, decode_reference, decode_xla
 from mud_puppy.kernels.attention.decode_pallas import Cache
 
@@ -114,25 +113,9 @@ def _decoded(x: Any, scales: Any, dtype: Any) -> Any:
 
 
 def _choose(implementation: str | None, q: Any, cache: Cache) -> str:
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"decode implementation {implementation!r} is none of {IMPLEMENTATIONS}")
-    if implementation in ("xla", "reference"):
-        return implementation
-    reason = decode_pallas.declines(q, cache) or _fault(q, cache)
-    if implementation == "pallas":
-        if reason:
-            raise ValueError(f"decode_attention: pallas cannot serve this call: {reason}")
-        return "pallas"
-    if target.current().platform not in ("cuda", "rocm"):
-        return "xla"
-    _say(f"decode_attention: {f'xla (pallas declined: {reason})' if reason else 'pallas'}")
-    return "xla" if reason else "pallas"
-
-
-@functools.cache
-def _say(message: str) -> None:
-    """Logs each message once in a process."""
-    logging.getLogger("mud_puppy").info(message)
+    order = ("pallas",) if target.current().platform in ("cuda", "rocm") else ()
+    declines = {"pallas": lambda: decode_pallas.declines(q, cache) or _fault(q, cache)}
+    return choice.choose("decode_attention", implementation, IMPLEMENTATIONS, declines, order)
 
 
 def _fault(q: Any, cache: Cache) -> str | None:

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mud_puppy.kernels import choice, target, tuned
 from mud_puppy.kernels import pallas as pl
-from mud_puppy.kernels import target, tuned
 from mud_puppy.kernels.attention.plan import pieces
 from mud_puppy.kernels.attention.tile import divided
 
@@ -70,7 +70,6 @@ class Plan:
 
 def declines(q: Any, cache: Cache) -> str | None:
     """Why the kernel cannot serve this call, or None if it can."""
-    mesh = jax.sharding.get_abstract_mesh()
     rows, page = q.shape[1] * q.shape[2] // cache.k.shape[-2], cache.k.shape[-3]
     if target.current().platform not in ("cuda", "rocm", "cpu"):
         return f"Pallas-Triton has no backend for {target.current().platform}"
@@ -85,7 +84,7 @@ def declines(q: Any, cache: Cache) -> str | None:
         return f"pages of {page} are no power of two from 16"
     if cache.slots < 16:
         return f"a cache of {cache.slots} is shorter than a block"
-    return None if mesh.empty or mesh.size == 1 else "the mesh has several devices"
+    return choice.split_over_mesh()
 
 
 def attention(

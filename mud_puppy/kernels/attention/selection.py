@@ -1,14 +1,12 @@
 """Which implementation of attention serves a call, said once in the log."""
 
-import functools
-import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mud_puppy.kernels import selfcheck, target, tuned
+from mud_puppy.kernels import choice, selfcheck, target, tuned
 from mud_puppy.kernels.attention import cudnn, flash, reference
 from mud_puppy.kernels.attention.plan import Options
 
@@ -27,33 +25,14 @@ def choose(
     return_lse: bool,
 ) -> str:
     """The name of an implementation that can serve: the one asked for, or the fastest."""
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"attention implementation {implementation!r} is none of {IMPLEMENTATIONS}"
-        )
-    if implementation in ("xla", "reference"):
-        return implementation
-    reasons = {
+    declines = {
         "cudnn": lambda: cudnn.declines(
             q, k, v, q_segments, k_segments, options, extras, return_lse
         ),
         "pallas": lambda: flash.declines(q, v) or fault(q, v),
     }
-    if implementation is not None:
-        if reason := reasons[implementation]():
-            raise ValueError(f"attention: {implementation} cannot serve this call: {reason}")
-        _say(logging.INFO, f"attention: {implementation}")
-        return implementation
-    declined = []
-    for name in _order(q.dtype, packed=q_segments is not None):
-        if (reason := reasons[name]()) is None:
-            _say(logging.INFO, f"attention: {name}{_because(declined)}")
-            return name
-        declined.append(f"{name} declined: {reason}")
-    # Not having a card is no news; declining on one costs speed.
-    level = logging.WARNING if declined else logging.INFO
-    _say(level, f"attention: xla on {target.current().platform}{_because(declined)}")
-    return "xla"
+    order = _order(q.dtype, packed=q_segments is not None)
+    return choice.choose("attention", implementation, IMPLEMENTATIONS, declines, order)
 
 
 def _order(dtype: Any, packed: bool) -> tuple[str, ...]:
@@ -66,16 +45,6 @@ def _order(dtype: Any, packed: bool) -> tuple[str, ...]:
         first = tuned.tiles("flash_attention", "preferred")["packed" if packed else "plain"]
         return ("pallas", "cudnn") if first else ("cudnn", "pallas")
     return ("pallas",) if platform == "rocm" else ()
-
-
-def _because(declined: list[str]) -> str:
-    return f" ({'; '.join(declined)})" if declined else ""
-
-
-@functools.cache
-def _say(level: int, message: str) -> None:
-    """Logs each message once in a process."""
-    logging.getLogger("mud_puppy").log(level, message)
 
 
 def fault(q: Any, v: Any) -> str | None:

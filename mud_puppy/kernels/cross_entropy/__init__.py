@@ -15,7 +15,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from mud_puppy.kernels import selfcheck, target
+from mud_puppy.kernels import choice, selfcheck, target
 from mud_puppy.kernels.cross_entropy import pallas, reference, xla
 from mud_puppy.kernels.cross_entropy.stats import Shape, Stats
 from mud_puppy.kernels.formats import Quantized, dequantize
@@ -118,14 +118,9 @@ def _is_array(head: Any) -> bool:
 
 
 def _choose(implementation: str | None, hidden: Any, head: Any) -> str:
-    if implementation is None:
-        return "pallas" if _wins(hidden, head) and not _declines(hidden, head) else "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"cross-entropy {implementation!r} is none of {IMPLEMENTATIONS}")
-    reason = _declines(hidden, head) if implementation == "pallas" else None
-    if reason is not None:
-        raise ValueError(f"cross-entropy: pallas cannot serve this call: {reason}")
-    return implementation
+    order = ("pallas",) if _wins(hidden, head) else ()
+    declines = {"pallas": lambda: _declines(hidden, head)}
+    return choice.choose("cross-entropy", implementation, IMPLEMENTATIONS, declines, order)
 
 
 def _wins(hidden: Any, head: Any) -> bool:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mud_puppy.kernels import choice, tuned
 from mud_puppy.kernels import pallas as pl
-from mud_puppy.kernels import tuned
 from mud_puppy.kernels.cross_entropy.stats import Shape, Stats, slope_weights
 from mud_puppy.kernels.formats import Quantized
 from mud_puppy.kernels.matmul import exact
@@ -32,7 +32,6 @@ GROUP = 8  # token tiles that share a vocabulary tile in the L2
 
 def declines(x: Any, head: Any) -> str | None:
     """Why this implementation cannot serve the call, or None."""
-    mesh = jax.sharding.get_abstract_mesh()
     if isinstance(head, Quantized):
         return "the head is quantized"
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -41,7 +40,7 @@ def declines(x: Any, head: Any) -> str | None:
         return f"the width {x.shape[2]} is no multiple of 16"
     if x.shape[0] * x.shape[1] < 16 or len(head) < 16:
         return "fewer than 16 tokens or words"
-    return None if mesh.empty or mesh.size == 1 else "the mesh has several devices"
+    return choice.split_over_mesh()
 
 
 class Tiles(NamedTuple):

@@ -1,7 +1,7 @@
 """`grouped_matmul`: rows sorted by expert, each times its expert's weight, as in a MoE layer.
 
-`pallas` on GPUs, else `xla`; `reference` only where a test
-asks for it. No row is dropped, and groups may be empty.
+`pallas` on GPUs, else `xla`; `reference` only where a test asks for it. No row is dropped, and
+groups may be empty.
 """
 
 from functools import partial
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mud_puppy.kernels import selfcheck, target
+from mud_puppy.kernels import choice, selfcheck, target
 from mud_puppy.kernels.formats import Quantized, dequantize
 from mud_puppy.kernels.grouped_matmul import pallas, reference, xla
 
@@ -46,14 +46,9 @@ def grouped_matmul(
 
 
 def _choose(implementation: str | None, x: Any, w: Any) -> str:
-    if implementation is None:
-        return "pallas" if _wins(x.dtype) and not _declines(x, w) else "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"grouped_matmul {implementation!r} is none of {IMPLEMENTATIONS}")
-    reason = _declines(x, w) if implementation == "pallas" else None
-    if reason is not None:
-        raise ValueError(f"grouped_matmul: pallas cannot serve this call: {reason}")
-    return implementation
+    order = ("pallas",) if _wins(x.dtype) else ()
+    declines = {"pallas": lambda: _declines(x, w)}
+    return choice.choose("grouped_matmul", implementation, IMPLEMENTATIONS, declines, order)
 
 
 def _wins(dtype: Any) -> bool:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mud_puppy.kernels import choice, target, tuned
 from mud_puppy.kernels import pallas as pl
-from mud_puppy.kernels import target, tuned
 from mud_puppy.kernels.formats import Quantized, dequantize
 
 DECODED_BYTES = 256 * 2**20  # of the experts of a quantized weight that are decoded at once
@@ -34,7 +34,6 @@ class Tiles(NamedTuple):
 
 def declines(x: Any, w: Any) -> str | None:
     """Why the kernels cannot serve this call, or None."""
-    mesh = jax.sharding.get_abstract_mesh()
     if target.current().platform not in ("cuda", "rocm", "cpu"):
         return f"Pallas-Triton has no backend for {target.current().platform}"
     if not isinstance(w, Quantized) and not jnp.issubdtype(w.dtype, jnp.floating):
@@ -43,7 +42,7 @@ def declines(x: Any, w: Any) -> str | None:
         return f"dtype {x.dtype} is none of bfloat16, float16, float32"
     if w.shape[1] % 16 or w.shape[2] % 16:
         return f"a weight of {w.shape[1:]} is no multiple of 16"
-    return None if mesh.empty or mesh.size == 1 else "the mesh has several devices"
+    return choice.split_over_mesh()
 
 
 def grouped(x: Any, w: Any, sizes: Any, transpose: bool = False, tiles: Tiles | None = None) -> Any:

@@ -7,14 +7,13 @@ is kept between is the codes. Codes and scales get no gradient.
 """
 
 import functools
-import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mud_puppy.kernels import selfcheck, target
+from mud_puppy.kernels import choice, selfcheck, target
 from mud_puppy.kernels.formats import Quantized, quantize
 from mud_puppy.kernels.matmul import matmul
 from mud_puppy.kernels.quantized_matmul import plan as plans
@@ -47,27 +46,16 @@ def _(w: Quantized, x: Array) -> Array:
 
 
 def _choose(x: Any, w: Quantized, implementation: str | None) -> str:
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"unknown implementation '{implementation}'; choose from {', '.join(IMPLEMENTATIONS)}"
-        )
-    if implementation == "pallas" and (reason := _refusal(x, w)):
-        raise ValueError(f"the Pallas kernel cannot serve this product: {reason}")
-    if implementation is not None:
-        return implementation
-    if target.current().platform not in ("cuda", "rocm") or x.shape[0] > plans.crossover():
-        return "xla"
-    if reason := _refusal(x, w):
-        _say(f"quantized_matmul: {reason}; XLA serves it")
-        return "xla"
-    return "pallas"
+    few = target.current().platform in ("cuda", "rocm") and x.shape[0] <= plans.crossover()
+    declines = {"pallas": lambda: _refusal(x, w)}
+    order = ("pallas",) if few else ()
+    return choice.choose("quantized_matmul", implementation, IMPLEMENTATIONS, declines, order)
 
 
 def _refusal(x: Any, w: Quantized) -> str | None:
     """Why the Pallas kernel cannot serve the call."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual:
-        return f"the weight may be split over a mesh of {mesh.size} devices"
+    if (split := choice.split_over_mesh()) is not None:
+        return split
     plan = plans.plan(x, w)
     if isinstance(plan, str):
         return plan
@@ -116,8 +104,3 @@ def _backward(implementation: str, w: Quantized, g: Any) -> Any:
 
 
 _product.defvjp(_forward, _backward)
-
-
-@functools.cache
-def _say(message: str) -> None:
-    logging.getLogger("mud_puppy").info(message)

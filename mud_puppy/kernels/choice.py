@@ -1,0 +1,58 @@
+"""Which implementation of an op serves a call, said once in the log: no silent fallback."""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+
+import jax
+
+from mud_puppy.kernels import target
+
+
+def choose(
+    op: str,
+    forced: str | None,
+    implementations: Sequence[str],
+    declines: dict[str, Callable[[], str | None]],
+    order: Sequence[str],
+) -> str:
+    """`forced`, or the first of `order` that can serve, or "xla".
+
+    declines: for each name in `order`, and each that may be unable, why it cannot serve this call,
+    or None. Raises ValueError for a forced implementation that is unknown or declines.
+    """
+    if forced not in (None, *implementations):
+        raise ValueError(f"{op}: implementation {forced!r} is none of {tuple(implementations)}")
+    if forced is not None:
+        if forced in declines and (reason := declines[forced]()):
+            raise ValueError(f"{op}: {forced} cannot serve this call: {reason}")
+        say(logging.INFO, f"{op}: {forced}, as asked for")
+        return forced
+    declined: list[str] = []
+    for name in order:
+        if (reason := declines[name]()) is None:
+            say(logging.INFO, f"{op}: {name}{_because(declined)}")
+            return name
+        declined.append(f"{name} declined: {reason}")
+    # Not having a card is no news; declining on one costs speed.
+    level = logging.WARNING if declined else logging.INFO
+    say(level, f"{op}: xla on {target.current().platform}{_because(declined)}")
+    return "xla"
+
+
+def split_over_mesh() -> str | None:
+    """Why a kernel that does not partition itself declines under the ambient mesh, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
+        return None
+    return f"arrays may be split over the mesh's {mesh.size} devices"
+
+
+@functools.cache
+def say(level: int, message: str) -> None:
+    """Logs each message once in a process."""
+    logging.getLogger("mud_puppy").log(level, message)
+
+
+def _because(declined: list[str]) -> str:
+    return f" ({'; '.join(declined)})" if declined else ""

@@ -301,8 +301,12 @@ def _nf4(x: Array, double: bool) -> dict[str, Array]:
 
 def _nearest(x: Array, values: np.ndarray) -> Array:
     """uint8 index of the nearest of the sorted values; the lower one at a tie."""
-    bounds = jnp.asarray((values[:-1] + values[1:]) / np.float32(2))
-    return jnp.searchsorted(bounds, x, side="left", method="compare_all").astype(jnp.uint8)
+    bounds = (values[:-1] + values[1:]) / np.float32(2)
+    if len(bounds) > 15:
+        found = jnp.searchsorted(jnp.asarray(bounds), x, side="left")
+        return found.astype(jnp.uint8)
+    # Comparisons in registers. XLA's GPU compiler spends minutes on the searchsorted of a large x.
+    return sum(((x > b).astype(jnp.uint8) for b in bounds), jnp.zeros(x.shape, jnp.uint8))
 
 
 def _int4(x: Array, zero_points: bool) -> dict[str, Array]:

@@ -169,7 +169,7 @@ def test_fbgemm(activation, bias):
     act = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}.get(activation)
 
     def want(x):
-        y = x @ dequantize(q).T + (b if bias else 0)
+        y = jnp.matmul(x, dequantize(q).T, precision="highest") + (b if bias else 0)
         return y if act is None else act(y)
 
     def got(x):

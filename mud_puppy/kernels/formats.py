@@ -18,7 +18,8 @@ and GGUF's codes are a permutation of nibbles away (`pack`, `unpack`), and gpt-o
 `swap_nibbles`. This module knows nothing of matrix products.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -59,6 +60,8 @@ class Quantized:
         nested     doubly quantized scales only: float32 [..., ceil(out * groups / 256)], the absmax
                    of each 256 scales in row order
         offset     with `nested`: float32 [...], the mean of the scales
+        layer      int32 [] or None: the leaves above are stacks, of which this one is meant and
+                   read where it lies; a slice would be a copy before a kernel can read it
         format     static
         dtype      static: what `dequantize` returns unless told otherwise
 
@@ -72,18 +75,19 @@ class Quantized:
     minimum: Any = None
     nested: Any = None
     offset: Any = None
+    layer: Any = None
     format: str = field(default="nf4", metadata={"static": True})
     dtype: Any = field(default=jnp.dtype("bfloat16"), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight that this stands for: [..., out, in]."""
-        *lead, size = self.codes.shape
+        *lead, size = self.codes.shape[self.layer is not None :]
         return (*lead, 2 * size if self.format in PACKED else size)
 
     @property
     def ndim(self) -> int:
-        return len(self.codes.shape)
+        return len(self.shape)
 
     @property
     def group(self) -> int:
@@ -143,6 +147,7 @@ def dequantize(
         values = codes.astype(jnp.float32)
         values = values if zero is None else values - zero.astype(jnp.float32)
         return (values * scale).astype(dtype or jnp.float32)
+    q = sliced(q)
     values = decode(q)
     groups = values.reshape(*values.shape[:-1], q.scales.shape[-1], -1)
     scales = decoded_scales(q)[..., None]
@@ -153,6 +158,14 @@ def dequantize(
     else:
         groups = groups * scales
     return groups.reshape(values.shape).astype(dtype or q.dtype)
+
+
+def sliced(q: Quantized) -> Quantized:
+    """The same weight without `layer`, in leaves of its own."""
+    if q.layer is None:
+        return q
+    take = partial(jax.lax.dynamic_index_in_dim, index=q.layer, keepdims=False)
+    return jax.tree.map(take, replace(q, layer=None))
 
 
 def decode(q: Quantized) -> Float[Array, "... out n"]:

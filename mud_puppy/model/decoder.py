@@ -21,7 +21,7 @@ from mud_puppy.model.attention import attend
 from mud_puppy.model.rope import rope_tables, rotate
 from mud_puppy.parallel import split_batch, split_lookup
 from mud_puppy.weights import embed, linear, linears
-from mud_puppy.weights.tree import repeats, spans
+from mud_puppy.weights.tree import at_repeat, repeats, spans
 
 Tree = Any
 
@@ -106,15 +106,22 @@ def scan_layers(
     """Runs a group with one `lax.scan` over its repeats.
 
     remat, what the backward pass finds saved: "full": only each repeat's input; "attention": its
-    attention output too; "projections": also q, k, v, gate and up; "none": everything.
+    attention output too; "projections": also q, k, v, gate and up; "none": everything. With a
+    cache there is no backward pass in mind, and codes of quantized weights are read in place.
     """
 
     def body(carry: Any, step: Any) -> tuple[Any, None]:
         blocks, r = step
         return layers(blocks, *carry, start + r * len(group)), None
 
+    def in_place(carry: Any, r: Any) -> tuple[Any, None]:
+        return body(carry, (at_repeat(group, r), r))
+
+    rs = jnp.arange(repeats(group))
+    if cache is not None:
+        return jax.lax.scan(in_place, (x, cache), rs)[0]
     body = body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat])
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (group, jnp.arange(repeats(group))))
+    (x, cache), _ = jax.lax.scan(body, (x, cache), (group, rs))
     return x, cache
 
 

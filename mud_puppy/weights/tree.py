@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from mud_puppy.kernels import Quantized
 from mud_puppy.weights.leaf import Lora, is_weight
 
 Tree = Any
@@ -22,6 +23,24 @@ _TOP = {"embed": "model.embed_tokens", "head": "lm_head"}
 def repeats(group: list[Tree]) -> int:
     """n, the leading axis of every leaf of a group."""
     return jax.tree.leaves(group)[0].shape[0]
+
+
+def at_repeat(group: list[Tree], r: Any) -> list[Tree]:
+    """Repeat r (an int32 scalar) of a group, without its leading axis.
+
+    Codes stay in their stack (`Quantized.layer`): a kernel reads them there, and XLA would copy a
+    slice first, which costs more than a product with a few rows does.
+    """
+    return jax.tree.map(lambda w: _at_repeat(w, r), group, is_leaf=is_weight)
+
+
+def _at_repeat(w: Any, r: Any) -> Any:
+    if isinstance(w, Quantized):
+        return replace(w, layer=r)
+    if isinstance(w, Lora):
+        own = jax.tree.map(lambda x: _at_repeat(x, r), replace(w, base=None))
+        return replace(own, base=_at_repeat(w.base, r))
+    return jax.lax.dynamic_index_in_dim(w, r, keepdims=False)
 
 
 def spans(params: Tree) -> Iterator[tuple[list[Tree], int]]:

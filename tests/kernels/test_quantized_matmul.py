@@ -1,6 +1,7 @@
 """quantized_matmul against float64: every format, 40 drawn shapes, its gradient, its places."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -285,3 +286,39 @@ def test_a_quantized_head():
         )
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-5)
+
+
+# One layer of a stack, read where it lies.
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla", "reference"])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "nf4"},
+        {"format": "nf4", "double": True},
+        {"format": "int4", "zero_points": True, "group": 32},
+        {"format": "int8"},
+        {"format": "fp8", "group": "tensor"},
+    ],
+    ids=lambda o: " ".join(map(str, o.values())),
+)
+def test_layer_of_a_stack(options, rows, implementation):
+    layers = [weight(32, 256, seed=i, **options) for i in range(3)]
+    stack = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    x = inputs(rows, layers[0], BF16)[0]
+
+    @jax.jit
+    def run(x, stack, i):
+        return quantized_matmul(x, replace(stack, layer=i), implementation)
+
+    got = run(x, stack, jnp.int32(2))
+    np.testing.assert_array_equal(got, quantized_matmul(x, layers[2], implementation))
+    # The mutation: another layer's codes, or another layer's scales alone.
+    assert float(jnp.abs(got - run(x, stack, jnp.int32(1))).max()) > 1
+    mixed = replace(stack, scales=jnp.roll(stack.scales, 1, 0))
+    assert options["format"] == "fp8" or not np.array_equal(got, run(x, mixed, jnp.int32(2)))
+    np.testing.assert_array_equal(
+        dequantize(replace(stack, layer=jnp.int32(2))), dequantize(layers[2])
+    )

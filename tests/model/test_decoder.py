@@ -1,5 +1,6 @@
 """The decoder beyond plain logits: cache, packed rows, given embeddings, Flax skeleton, remat."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -9,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mud_puppy.config.keys import Checkpointing
+from mud_puppy.kernels import Quantized, dequantize, quantize, target
+from mud_puppy.kernels.quantized_matmul import tile
 from mud_puppy.model import Decoder, Inputs, load, make_cache, scan_layers
 from mud_puppy.model.decoder import logits
 from mud_puppy.model.module import params_of
+from mud_puppy.weights import add_lora
+from mud_puppy.weights.tree import map_modules
 
 SLIDING = {
     "use_sliding_window": True,
@@ -142,3 +147,45 @@ def test_a_second_call_neither_traces_nor_compiles(llama: Path, tokens: np.ndarr
         jax.monitoring.clear_event_listeners()
     assert any("trace" in name for name in first), "the listener hears nothing"
     assert [name for name in events if "trace" in name or "compile" in name] == []
+
+
+def test_codes_are_read_in_place_behind_a_cache(
+    tiny: Any, tokens: np.ndarray, monkeypatch: Any
+) -> None:
+    """What a slice of a layer's codes costs (a copy for the kernel) is more than the product."""
+    folder, _ = tiny("llama", hidden_size=128, intermediate_size=256, num_hidden_layers=4)
+    model, params = load(folder, dtype="float32")
+
+    def encode(names: list[str], w: Any) -> Any:
+        return quantize(w, "nf4") if ".layers." in names[0] else w
+
+    def decode(w: Any) -> Any:
+        return dequantize(w) if isinstance(w, Quantized) else w
+
+    coded = map_modules(encode, lambda name: None, params)
+    coded = add_lora(coded, rank=4, key=jax.random.key(0))
+    plain = jax.tree.map(decode, coded, is_leaf=lambda w: isinstance(w, Quantized))
+    assert close(chunked(model, coded, tokens), chunked(model, plain, tokens))
+    assert not close(chunked(model, coded, tokens), chunked(model, params, tokens), 1e-3)
+
+    stacked = []
+
+    def product(plan: Any, x: Any, w: Quantized) -> Any:
+        stacked.append(w.layer is not None and w.codes.shape[0] == 4)
+        return jnp.zeros((len(x), w.shape[0]), x.dtype)
+
+    def copied(layers: Callable, group: Any, x: Any, cache: Any, start: int) -> Any:
+        def body(carry: Any, step: Any) -> Any:
+            return layers(step[0], *carry, start + step[1] * len(group)), None
+
+        return jax.lax.scan(body, (x, cache), (group, jnp.arange(4)))[0]
+
+    monkeypatch.setattr(tile, "product", product)
+    bf16 = replace(model, dtype="bfloat16")
+    one = Inputs(jnp.ones((2, 1), jnp.int32), jnp.zeros((2, 1), jnp.int32))
+    cache = make_cache(model.arch, 2, 40, jnp.bfloat16)
+    with target.use(target.Target("cuda", "sm90")):
+        jax.eval_shape(lambda p: bf16.forward(p, one, cache)[0], coded)
+        assert len(stacked) == 7 and all(stacked)
+        jax.eval_shape(lambda p: bf16.forward(p, one, cache, copied)[0], coded)
+        assert not any(stacked[7:])

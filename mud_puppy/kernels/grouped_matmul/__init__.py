@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mud_puppy.kernels import choice, selfcheck, target
-from mud_puppy.kernels.formats import Quantized, dequantize
+from mud_puppy.kernels.formats import Quantized, dequantize, sliced
 from mud_puppy.kernels.grouped_matmul import pallas, reference, xla
 
 IMPLEMENTATIONS = ("pallas", "xla", "reference")
@@ -38,6 +38,7 @@ def grouped_matmul(
             f"expected x [M, in], w [E, out, in], group_sizes [E]; got x {x.shape}, "
             f"w {tuple(w.shape)}, group_sizes {group_sizes.shape}"
         )
+    w = sliced(w) if isinstance(w, Quantized) else w
     name = _choose(implementation, x, w)
     if name == "reference":
         w = dequantize(w, jnp.float32) if isinstance(w, Quantized) else w

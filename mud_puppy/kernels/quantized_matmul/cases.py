@@ -20,7 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8": {"format": "int8"},
     "fp8_e4m3fn": {"format": "fp8_e4m3fn"},
 }
-ROWS = {"nf4": (1, 16, 32, 64, 128), "int4": (1, 16, 64)}
+ROWS = {"nf4": (1, 16, 32, 64, 128), "mxfp4": (1, 16, 64), "int4": (1, 16, 64)}
 
 
 def rocm_cases(arch: str) -> list[tuple[str, str, dict[str, Any]]]:
@@ -28,7 +28,7 @@ def rocm_cases(arch: str) -> list[tuple[str, str, dict[str, Any]]]:
     return [
         (f"{plans.OP} {name} x{rows}", f"{__name__}:unit", {"name": name, "rows": rows})
         for name in VARIANTS
-        for rows in ROWS.get(name, (16,))
+        for rows in ROWS.get(name, (16, 64))
     ]
 
 

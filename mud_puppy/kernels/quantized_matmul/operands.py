@@ -15,29 +15,38 @@ from mud_puppy.kernels.quantized_matmul.plan import Plan
 def inputs(plan: Plan, x: Any, w: Quantized) -> dict[str, Any]:
     """x [elements of a word * M, words], words [out, spans, words of a span], and the scales.
 
-    The words are a view of the codes; x is rearranged, which XLA fuses with what made it.
+    The words are a view of the codes; x is rearranged, which XLA fuses with what made it. What is
+    the weight's has a leading axis where the weight is one of a stack (`lead`).
     """
     M, K = x.shape
     n = decode.per_word(w.format)
-    N, size = w.codes.shape
-    words = lax.bitcast_convert_type(w.codes.reshape(N, size // 2, 2), jnp.int16)
+    *stack, N, size = w.codes.shape
+    words = lax.bitcast_convert_type(w.codes.reshape(*stack, N, size // 2, 2), jnp.int16)
     out = {
         "x": x.reshape(M, K // n, n).transpose(2, 0, 1).reshape(n * M, K // n),
-        "words": words.reshape(N, K // plan.span, plan.span // n),
+        "words": words.reshape(*stack, N, K // plan.span, plan.span // n),
         "scales": w.scales,
     }
-    if w.scales.shape[0] == 1 < N:
-        out["scales"] = jnp.broadcast_to(w.scales, (N, w.scales.shape[1]))
+    if w.scales.shape[-2] == 1 < N:
+        out["scales"] = jnp.broadcast_to(w.scales, (*stack, N, w.scales.shape[-1]))
     if w.nested is not None:
         table = jnp.asarray(formats.dynamic_map())
-        out |= {"nested": w.nested, "offset": w.offset.reshape(1), "map": table}
+        out |= {"nested": w.nested, "offset": w.offset.reshape(-1), "map": table}
+    if w.layer is not None:
+        out["layer"] = w.layer.astype(jnp.int32).reshape(1)
     return out | {k: v for k, v in (("zeros", w.zeros), ("minimum", w.minimum)) if v is not None}
 
 
-def scales(plan: Plan, refs: dict, row: Any, first: Any) -> tuple[Any, Any, Any]:
+def lead(refs: dict) -> tuple:
+    """What stands before the other indices of the weight's arrays: the layer, in a stack."""
+    return (refs["layer"][0],) if "layer" in refs else ()
+
+
+def scales(plan: Plan, refs: dict, at: tuple, row: Any, first: Any) -> tuple[Any, Any, Any]:
     """scales, zeros, minimum of the spans from `first`, float32 [rows, spans, 1], or None.
 
-    `row` counts blocks of plan.rows. All are None where the scales are applied to the sums.
+    `at` is the weight's `lead`, `row` counts blocks of plan.rows. All are None where the scales
+    are applied to the sums.
     """
     if plan.row_scales:
         return None, None, None
@@ -47,21 +56,21 @@ def scales(plan: Plan, refs: dict, row: Any, first: Any) -> tuple[Any, Any, Any]
         if name not in refs:
             return None
         if plan.spans_per_group == 1:
-            tile = pl.load(refs[name].at[rows, pl.ds(first, plan.spans)])
+            tile = pl.load(refs[name].at[(*at, rows, pl.ds(first, plan.spans))])
         else:  # all spans of a step are of one group
             group = lax.div(first, plan.spans_per_group)
-            tile = pl.load(refs[name].at[rows, pl.ds(group, 1)])
+            tile = pl.load(refs[name].at[(*at, rows, pl.ds(group, 1))])
         return tile[:, :, None]
 
     scales, zeros, minimum = load("scales"), load("zeros"), load("minimum")
     if "nested" in refs:
-        groups = refs["scales"].shape[1]
+        groups = refs["scales"].shape[-1]
         index = row * plan.rows + jnp.arange(plan.rows, dtype=jnp.int32)[:, None]
         group = lax.div(first, plan.spans_per_group)
         index = index * groups + group + jnp.arange(scales.shape[1], dtype=jnp.int32)[None, :]
-        absmax = pl.load(refs["nested"].at[lax.div(index, formats.NESTED)])[:, :, None]
+        absmax = pl.load(refs["nested"].at[(*at, lax.div(index, formats.NESTED))])[:, :, None]
         value = pl.load(refs["map"].at[scales.astype(jnp.int32)])
-        scales = value * absmax + refs["offset"][0]
+        scales = value * absmax + refs["offset"][at[0] if at else 0]
     elif refs["scales"].dtype == jnp.uint8:  # mxfp4's exponents
         scales = lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
     zeros, minimum = (t if t is None else t.astype(jnp.float32) for t in (zeros, minimum))

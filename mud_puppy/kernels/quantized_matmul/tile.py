@@ -45,7 +45,8 @@ def product(plan: Plan, x: Any, w: Quantized) -> Any:
 def _program(plan: Plan, format: str, refs: dict, out_ref: Any) -> None:
     x_ref, words_ref = refs["x"], refs["words"]
     M = out_ref.shape[1]
-    _, spans, size = words_ref.shape
+    spans, size = words_ref.shape[-2:]
+    lead = operands.lead(refs)
     row, other = pl.program_id(0), pl.program_id(1)
     x_row, split = lax.div(other, plan.splits), lax.rem(other, plan.splits)
     rows, x_rows = pl.ds(row * plan.rows, plan.rows), pl.ds(x_row * plan.x_rows, plan.x_rows)
@@ -61,8 +62,8 @@ def _program(plan: Plan, format: str, refs: dict, out_ref: Any) -> None:
 
     def step(i: Any, sums: Any) -> Any:
         first = (split * steps + i) * plan.spans
-        words = pl.load(words_ref.at[rows, pl.ds(first, plan.spans), :])
-        scales, zeros, minimum = operands.scales(plan, refs, row, first)
+        words = pl.load(words_ref.at[(*lead, rows, pl.ds(first, plan.spans), slice(None))])
+        scales, zeros, minimum = operands.scales(plan, refs, lead, row, first)
         columns = pl.ds(first * size, plan.spans * size)
         tiles = decode.planes(words, format, x_ref.dtype, scales, zeros, minimum)
         for e, tile in enumerate(tiles):
@@ -72,7 +73,7 @@ def _program(plan: Plan, format: str, refs: dict, out_ref: Any) -> None:
 
     sums = lax.fori_loop(0, steps, step, jnp.zeros((plan.rows, plan.x_rows), jnp.float32))
     if plan.row_scales:
-        sums *= pl.load(refs["scales"].at[rows, pl.ds(0, 1)]).astype(jnp.float32)
+        sums *= pl.load(refs["scales"].at[(*lead, rows, pl.ds(0, 1))]).astype(jnp.float32)
     y = sums.T.astype(out_ref.dtype)
     if whole:
         pl.store(out_ref.at[split, x_rows, rows], y)

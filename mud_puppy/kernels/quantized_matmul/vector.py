@@ -22,7 +22,7 @@ def product(plan: Plan, x: Any, w: Quantized) -> Any:
     N = w.shape[0]
     inputs = operands.inputs(plan, x, w)
     # Two numbers of x in one int32: a view, where planes would take a kernel of their own.
-    spans = inputs["words"].shape[1]
+    spans = inputs["words"].shape[-2]
     inputs["x"] = lax.bitcast_convert_type(x.reshape(spans, -1, 2), jnp.int32)
     names = tuple(inputs)
 
@@ -44,17 +44,18 @@ def product(plan: Plan, x: Any, w: Quantized) -> Any:
 
 def _program(plan: Plan, format: str, dtype: Any, refs: dict, out_ref: Any) -> None:
     words_ref = refs["words"]
-    spans = words_ref.shape[1]
+    spans, size = words_ref.shape[-2:]
+    lead = operands.lead(refs)
     row = pl.program_id(0)
     rows = pl.ds(row * plan.rows, plan.rows)
 
     def step(i: Any, sums: Any) -> Any:
         first = i * plan.spans
         own = pl.ds(first, plan.spans)
-        words = pl.load(words_ref.at[rows, own, :])
-        scales, _, _ = operands.scales(plan, refs, row, first)
+        words = pl.load(words_ref.at[(*lead, rows, own, slice(None))])
+        scales, _, _ = operands.scales(plan, refs, lead, row, first)
         values = decode.floats(words, format)
-        xs = _elements(refs["x"], first, words.shape[1:], dtype)
+        xs = _elements(refs["x"], first, (plan.spans, size), dtype)
         total = values[0] * xs[0][None]
         for value, x in zip(values[1:], xs[1:], strict=True):
             total = pl.fma(value, x[None], total)

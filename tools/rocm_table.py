@@ -1,9 +1,11 @@
 """What every tuned Pallas kernel costs on AMD's architectures, read from the compiled binaries.
 
     python tools/rocm_table.py                       # print the table, all ops and architectures
-    python tools/rocm_table.py --write               # also into docs/rocm_kernels.md
+    python tools/rocm_table.py --write               # also into docs/rocm_kernels.md; with --arch
+                                                     # or --only, the other rows stay
     python tools/rocm_table.py --check               # fail on spills, LDS, products without matrix
-                                                     # instructions, or rows worse than those kept
+                                                     # instructions, narrow LDS loads in loops, or
+                                                     # rows worse than those kept
     python tools/rocm_table.py --arch gfx1100 --only flash_attention
     python tools/rocm_table.py --arch gfx1100 --unit my.py:build --arguments '{"block": 64}'
 
@@ -32,10 +34,10 @@ TITLE = """# Kernels on AMD architectures
 Written by `python tools/rocm_table.py --write`; `--check` compares with it. Nothing here was timed:
 these are readings of binaries that XLA's ROCm compiler made without a card (jax {jax}).
 Columns: vector registers, those spilled, scratch and LDS bytes, threads of a block, waves that
-share a SIMD, matrix products in the source, matrix instructions; then of the main loop: LDS loads
-of one or two bytes, instructions, matrix instructions, what the source asks of a wave in products
-of 16x16x16, llvm-mca's cycles for each matrix instruction (empty
-where it gives none). llvm-mca counts a WMMA's issue, not the cycles that it occupies the SIMD.
+share a SIMD, matrix products in the source, matrix instructions, LDS loads of one or two bytes in
+all loops; then of the main loop: instructions, matrix instructions, what the source asks of a wave
+in products of 16x16x16, llvm-mca's cycles for each matrix instruction (empty where it gives none).
+llvm-mca counts a WMMA's issue, not the cycles that it occupies the SIMD.
 "{stock}" is JAX's own kernel, for comparison; it is not held to
 anything. {compared}
 
@@ -44,18 +46,25 @@ COMPARED = "flash_attention forward head 128"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 1 where --check found something."""
+    """The exit status: 1 where --check found something or a case does not compile; 2 where it
+    cannot run as asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
     parser.add_argument("--arch", nargs="+", default=list(targets.ARCHITECTURES))
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--unit", help="a function of your own, module:name or file.py:name")
-    parser.add_argument("--arguments", type=json.loads, default={}, help="its arguments, as JSON")
+    parser.add_argument("--arguments", type=_arguments, default={}, help="its arguments, as JSON")
     parser.add_argument("--folder", type=Path, help="keep the binaries here")
     parser.add_argument("--write", action="store_true", help=f"write {KEPT.name}")
     parser.add_argument("--check", action="store_true", help="fail on what is wrong or worse")
     options = parser.parse_args(arguments)
+    if options.write and options.unit:
+        parser.error("--write is for the project's own kernels, --unit for others")
     try:
-        rows, failed = _measure(options)
+        options.arch = [targets.card(name).arch for name in options.arch]
+        cases = _cases(options)
+        if not cases:
+            raise UserError(f"no case has '{options.only}' in its name")
+        rows, failed = _measure(cases, options.folder)
     except UserError as error:
         parser.exit(2, f"rocm_table: {error}\n")
     print(budget.render(rows), end="")
@@ -63,10 +72,33 @@ def main(arguments: list[str] | None = None) -> int:
     problems = failed + _problems(rows, options.check and not options.unit)
     for problem in problems:
         print(problem, file=sys.stderr)
-    if options.write:
-        title = TITLE.format(jax=jax.__version__, stock=STOCK, compared=_compared(rows))
-        KEPT.write_text(title + budget.render(rows))
+    if options.write and failed:
+        print(f"{KEPT.name} was not written", file=sys.stderr)
+    elif options.write:
+        whole = _merged(options, rows)
+        title = TITLE.format(jax=jax.__version__, stock=STOCK, compared=_compared(whole))
+        KEPT.write_text(title + budget.render(whole))
     return 1 if problems and (options.check or failed) else 0
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"not an object of JSON: {text}")
+    return found
+
+
+def _merged(options: argparse.Namespace, rows: list[budget.Row]) -> list[budget.Row]:
+    """The rows and those of the page that these options leave alone, in the order of the cases."""
+    archs = list(targets.ARCHITECTURES)
+    cases = {a: [*(name for name, _ in budget.cases(a)), STOCK] for a in archs}
+    kept = budget.parse(KEPT.read_text()) if KEPT.exists() else []
+    others = (r for r in kept if r.arch not in options.arch or options.only not in r.case)
+    whole = [r for r in others if r.case in cases[r.arch]] + rows
+    return sorted(whole, key=lambda r: (archs.index(r.arch), cases[r.arch].index(r.case)))
 
 
 class _Raw(argparse.RawDescriptionHelpFormatter):
@@ -84,14 +116,18 @@ def _cases(options: argparse.Namespace) -> list[tuple[str, Unit]]:
     return [(name, unit) for name, unit in found if options.only in name]
 
 
-def _measure(options: argparse.Namespace) -> tuple[list[budget.Row], list[str]]:
+def _measure(
+    cases: list[tuple[str, Unit]], folder: Path | None
+) -> tuple[list[budget.Row], list[str]]:
     """The rows, and a line for each case that does not compile."""
     estimate = _has_llvm()
     rows, failed = [], []
-    with Compiler(options.folder) as compiler:
-        for name, unit in _cases(options):
+    with Compiler(folder) as compiler:
+        for name, unit in cases:
             try:
                 rows += budget.measure(compiler, name, unit, estimate)
+            except UserError:  # not this case's: no worker starts
+                raise
             except (CompileError, ValueError) as error:
                 failed.append(f"{unit.card} {name}: {error}")
     return rows, failed
@@ -127,7 +163,8 @@ def _compared(rows: list[budget.Row]) -> str:
 
 def _has_llvm() -> bool:
     try:
-        assembly.tool("llvm-mca")
+        for name in ("llvm-objdump", "llvm-mca"):
+            assembly.tool(name)
     except UserError as error:
         print(f"rocm_table: no estimates of cycles: {error}", file=sys.stderr)
         return False

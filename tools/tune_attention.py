@@ -11,12 +11,14 @@ that share a SIMD. Nothing is timed: no card is here. Needs what tools/rocm_tabl
 
 import argparse
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tune_tiles import write
 
+from mud_puppy.errors import UserError
 from mud_puppy.kernels.attention.cases import FUNCTION, HEADS
 from mud_puppy.kernels.attention.prepare import PASSES
 from mud_puppy.rocm import assembly, binary, instructions, targets
@@ -52,8 +54,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--write", action="store_true", help=f"put the best into {OP}.json")
     options = parser.parse_args()
+    archs: Any = [targets.card(name).arch for name in options.arch]
     with Compiler() as compiler:
-        for arch, kernel, width in itertools.product(options.arch, options.kernel, options.width):
+        for arch, kernel, width in itertools.product(archs, options.kernel, options.width):
             kind = "float32" if options.dtype == "float32" else "half"
             if kernel == "d_values" and _together(arch, width):
                 if options.write:
@@ -159,4 +162,8 @@ def _cycles(loops: list, lines: list, arch: str, tile: dict, kernel: str, width:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"tune_attention: {error}", file=sys.stderr)
+        sys.exit(2)

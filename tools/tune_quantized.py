@@ -3,35 +3,44 @@
     python tools/tune_quantized.py                   # print what was chosen, every architecture
     python tools/tune_quantized.py gfx1100 --write   # also into mud_puppy/kernels/tables
 
-Every candidate is compiled for one of the formats that share an entry. Those that spill
-or read LDS two bytes at a time are out; of the others, the one that spends the fewest lane
-instructions a weight in its loop, where decoding goes, is taken, and of those within 15 % the one
-that leaves the most waves on a SIMD. Nothing is timed. Needs what tools/rocm_table.py needs.
+Every candidate is compiled for the first of the formats that share an entry. Those that spill or
+read LDS one or two bytes at a time in the loop are out; of the others, the one that spends the
+fewest lane instructions a weight in its loop, where decoding goes, is taken, and of those within
+15 % the one that leaves the most waves on a SIMD, if the entry's other formats neither spill nor
+read so with it. Nothing is timed. Needs what tools/rocm_table.py needs.
 """
 
 import argparse
 import datetime
 import itertools
 import json
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 
+from mud_puppy.errors import UserError
 from mud_puppy.kernels import formats, tuned
 from mud_puppy.kernels.quantized_matmul import cases
+from mud_puppy.kernels.quantized_matmul import plan as plans
 from mud_puppy.kernels.quantized_matmul.plan import OP
 from mud_puppy.rocm import budget, targets
 from mud_puppy.rocm.compile import CompileError, Compiler, Unit
 
 METHOD = (
-    "tools/tune_quantized.py: no spills, no two-byte LDS loads, fewest lane instructions a weight "
-    "in the loop, then most waves; never timed"
+    "tools/tune_quantized.py: no spills, no LDS loads of one or two bytes, fewest lane "
+    "instructions a weight in the loop, then most waves; never timed"
 )
-KINDS = {"table": "nf4", "int4": "int4", "int8": "int8", "fp8": "fp8_e4m3fn"}
 PROGRAMS = 512  # enough for 96 to 304 compute units
 CROSSOVER = 128  # rows; not measured, from the H100's 192 and the decoders' instructions
 # (rows of the weight, inputs in a step, warps)
-TILES = [*itertools.product((32, 64, 128), (128, 256), (4,)), (64, 256, 8), (128, 256, 8)]
+TILES = [
+    *itertools.product((32, 64, 128), (128, 256), (4,)),
+    (64, 256, 8),
+    (128, 256, 8),
+    (64, 512, 4),
+]
 VECTOR = {
     "rows": 8,
     "columns": 1024,
@@ -48,12 +57,11 @@ def main() -> None:
     parser.add_argument("arch", nargs="*", default=list(targets.ARCHITECTURES))
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
+    options.arch = [targets.card(name).arch for name in options.arch]
     path = tuned.TABLES / f"{OP}.json"
-    table = json.loads(path.read_text())
     with Compiler() as compiler:
-        for arch in options.arch:
-            if arch not in SAME:
-                table[arch] = _entry(arch, _tiles(compiler, arch))
+        new = {a: _entry(a, _tiles(compiler, a)) for a in options.arch if a not in SAME}
+    table = json.loads(path.read_text()) | new
     for arch, same in SAME.items():
         table[arch] = table[same] | {"device": f"none: compiled for {same}"}
     if options.write:
@@ -72,23 +80,36 @@ def _entry(arch: str, tiles: dict[str, Any]) -> dict[str, Any]:
 
 def _tiles(compiler: Compiler, arch: str) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
-    for kind, variant in KINDS.items():
-        if variant in formats.PACKED:
+    for kind in dict.fromkeys(map(_kind, cases.VARIANTS)):
+        first, *others = (name for name in cases.VARIANTS if _kind(name) == kind)
+        if first in formats.PACKED:
             chosen[f"{kind} 1"] = VECTOR
         for rows in (16, 64):
-            found = [
-                (cost, -waves, tile)
+            ranked = _ranked(
+                (cost, waves, tile)
                 for tile in _candidates(rows)
-                for cost, waves in _costs(compiler, arch, variant, rows, tile)
-            ]
-            least = min(cost for cost, _, _ in found)
-            cost, waves, tile = min(
-                (f for f in found if f[0] <= 1.15 * least), key=lambda f: (f[1], f[0])
+                for cost, waves in _costs(compiler, arch, first, rows, tile)
+            )
+            cost, waves, tile = next(
+                found
+                for found in ranked
+                if all(_costs(compiler, arch, name, rows, found[2]) for name in others)
             )
             chosen[f"{kind} {rows}"] = tile
             chosen[f"{kind} {2 * rows}"] = tile | {"x_rows": min(2 * rows, 64)}
-            print(f"{arch} {kind} {rows}: {tile}, {cost:.1f} a weight, {-waves} waves", flush=True)
+            print(f"{arch} {kind} {rows}: {tile}, {cost:.1f} a weight, {waves} waves", flush=True)
     return chosen
+
+
+def _kind(variant: str) -> str:
+    return plans.kind(cases.VARIANTS[variant]["format"])
+
+
+def _ranked(found: Iterable[tuple[float, int, Any]]) -> list[tuple[float, int, Any]]:
+    """(cost, waves, tile), the best first: those within 15 % of the least cost by waves."""
+    by_cost = sorted(found, key=lambda f: f[0])
+    near = [f for f in by_cost if f[0] <= 1.15 * by_cost[0][0]]
+    return sorted(near, key=lambda f: -f[1]) + by_cost[len(near) :]
 
 
 def _candidates(rows: int) -> list[dict[str, int]]:
@@ -115,4 +136,8 @@ def _costs(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"tune_quantized: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -13,12 +13,14 @@ Nothing is timed: no card is here. Needs what tools/rocm_table.py needs.
 import argparse
 import datetime
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from mud_puppy.errors import UserError
 from mud_puppy.kernels import tuned
 from mud_puppy.kernels.attention import decode_cases
 from mud_puppy.kernels.cross_entropy import cases as cross_entropy
@@ -71,6 +73,7 @@ def main() -> None:
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=list(OPS))
     parser.add_argument("--write", action="store_true", help="put the best into the op's table")
     options = parser.parse_args()
+    options.arch = [targets.card(name).arch for name in options.arch]
     with Compiler() as compiler:
         for arch in options.arch:
             for op in options.op:
@@ -205,4 +208,8 @@ def tuned_text(table: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"tune_tiles: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -40,12 +41,19 @@ def choose(
     return "xla"
 
 
-def split_over_mesh() -> str | None:
+def split_over_mesh(*arrays: Any) -> str | None:
     """Why a kernel that does not partition itself declines under the ambient mesh, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
-        return None
+        return checked_by_shard_map(*arrays)
     return f"arrays may be split over the mesh's {mesh.size} devices"
+
+
+def checked_by_shard_map(*arrays: Any) -> str | None:
+    """Why a Pallas kernel declines: JAX wants to be told how its results vary over the mesh."""
+    if any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)):
+        return "shard_map checks how arrays vary over the mesh: pass it check_vma=False"
+    return None
 
 
 @functools.cache

@@ -143,9 +143,13 @@ def dequantize(
     (codes - zero_point) * scale, float32 unless `dtype` says otherwise.
     """
     if not isinstance(q, Quantized):
+        if not isinstance(q, tuple) or len(q) != 3:
+            raise ValueError(
+                f"expected a Quantized or (codes, scale, zero point), got {type(q).__name__}"
+            )
         codes, scale, zero = q
         values = codes.astype(jnp.float32)
-        values = values if zero is None else values - zero.astype(jnp.float32)
+        values = values if zero is None else values - jnp.asarray(zero, jnp.float32)
         return (values * scale).astype(dtype or jnp.float32)
     q = sliced(q)
     values = decode(q)
@@ -351,12 +355,15 @@ def _mxfp4(x: Array) -> dict[str, Array]:
     middles = (E2M1[:7] + E2M1[1:8]) / 2
     above = [magnitude >= m if i % 2 else magnitude > m for i, m in enumerate(middles)]
     codes = sum(a.astype(jnp.uint8) for a in above)
+    # A scale of 255 is NaN: what is no number in a group must not become one.
+    e = jnp.where(jnp.isfinite(absmax), e, jnp.uint8(255))
     return {"codes": codes | (jnp.signbit(x).astype(jnp.uint8) << 3), "scales": e}
 
 
 def _eight_bits(x: Array, format: str, whole: bool) -> dict[str, Array]:
     largest = 127.0 if format == "int8" else float(jnp.finfo(FP8[format]).max)
-    absmax = jnp.abs(x).max((-3, -2, -1), keepdims=True)[..., 0] if whole else jnp.abs(x).max(-1)
+    absmax = jnp.abs(x).max(-1)
+    absmax = absmax.max((-2, -1), keepdims=True, initial=0) if whole else absmax
     scales = absmax / largest
     steps = x / jnp.where(scales == 0, 1, scales)[..., None]
     if format == "int8":

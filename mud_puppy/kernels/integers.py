@@ -36,7 +36,11 @@ def quantized_layernorm(
     bias: Float[Array, " D"] | None = None,
     eps: float = 1e-5,
 ) -> tuple[Int[Array, "*B D"], Float[Array, "*B 1"]]:
-    """LayerNorm whose result is int8: (codes, float32 scale of each row), ready for `qgemm`."""
+    """LayerNorm whose result is int8: (codes, float32 scale of each row), ready for `qgemm`.
+
+    Raises ValueError for a weight or bias that is not [D].
+    """
+    _check_width("quantized_layernorm", x, weight=weight, bias=bias)
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps) * weight.astype(jnp.float32)
@@ -47,9 +51,19 @@ def quantized_rmsnorm(
     x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float = 1e-6
 ) -> tuple[Int[Array, "*B D"], Float[Array, "*B 1"]]:
     """RMSNorm whose result is int8, as `quantized_layernorm`."""
+    _check_width("quantized_rmsnorm", x, weight=weight)
     x = x.astype(jnp.float32)
     y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
     return _rows(y * weight.astype(jnp.float32))
+
+
+def _check_width(op: str, x: Array, **vectors: Array | None) -> None:
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{op}: expected {name} {list(x.shape[-1:])} for x{list(x.shape)}, got "
+                f"{list(vector.shape)}"
+            )
 
 
 def _rows(y: Array) -> tuple[Array, Array]:
@@ -58,18 +72,18 @@ def _rows(y: Array) -> tuple[Array, Array]:
 
 
 def _encode(x: Array, axes: tuple[int, ...], bits: int, symmetric: bool, keep: bool) -> Triple:
-    if not 2 <= bits <= 8:
+    if bits not in range(2, 9):
         raise ValueError(f"codes have 2 to 8 bits, not {bits}")
     x = x.astype(jnp.float32)
     top = 2 ** (bits - 1) - 1
     bottom, zero = -top, None
     if symmetric:
-        scale = _not_zero(jnp.abs(x).max(axes, keepdims=True) / top)
+        scale = _not_zero(jnp.abs(x).max(axes, keepdims=True, initial=0) / top)
         steps = x / scale
     else:
         bottom = -top - 1
-        low = jnp.minimum(x.min(axes, keepdims=True), 0)
-        high = jnp.maximum(x.max(axes, keepdims=True), 0)
+        low = x.min(axes, keepdims=True, initial=0)
+        high = x.max(axes, keepdims=True, initial=0)
         scale = _not_zero((high - low) / (2**bits - 1))
         zero = jnp.clip(jnp.round(bottom - low / scale), bottom, top)
         steps = x / scale + zero

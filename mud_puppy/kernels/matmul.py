@@ -31,6 +31,8 @@ def _matmul(w: Any, x: Any) -> Any:
         raise TypeError(
             f"expected a float weight, got {w.dtype}: codes need a leaf type of their own"
         )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"expected a float x, got {x.dtype}: the weight would be cast to it")
     # No preferred_element_type: GPU and CPU GEMMs accumulate half precision in float32 and round
     # once; asking for float32 out would write twice the bytes and cast in a second pass.
     return contract_last(x, jnp.asarray(w, x.dtype))
@@ -59,7 +61,7 @@ class _Matmul:
         """x[..., in] @ w[out, in].T -> [..., out] in x's dtype, summed in float32 at least.
 
         A float array of another dtype is cast to x's first. Raises TypeError for a weight without a
-        rule, ValueError for shapes that do not fit.
+        rule and for an x of integers, ValueError for shapes that do not fit.
         """
         return _matmul(w, x)
 

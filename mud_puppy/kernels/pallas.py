@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax._src.lib.mlir.dialects import math
 from jax._src.lib.triton import dialect as triton_dialect
 from jax._src.pallas.triton import lowering
+from jax._src.state.indexing import NDIndexer
 from jax.core import ShapedArray
 from jax.experimental import pallas
 from jax.experimental.pallas import triton
@@ -63,7 +64,38 @@ def call(
         compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         name=name,
     )
-    return run
+
+    def in_32_bits(*args: Any) -> Any:
+        with jax.enable_x64(False):  # Python's numbers in a kernel would be 64 bits wide
+            return run(*_undifferentiated(*args))
+
+    return in_32_bits
+
+
+@jax.custom_jvp
+def _undifferentiated(*args: Any) -> Any:
+    """The arguments of a kernel, whose gradient is its op's: only a second one comes here."""
+    return args
+
+
+@_undifferentiated.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "a Pallas kernel has no second derivative: pass implementation='xla' (or 'reference') to "
+        "the op whose gradient is differentiated again"
+    )
+
+
+def too_long(*arrays: Any) -> str | None:
+    """Why no kernel can read one of these arrays, or None.
+
+    JAX's lowering (0.10.2, 0.11.2) counts elements in signed 32 bits up to arrays of 2^32 bytes:
+    from 2^31 elements of one byte on, addresses would be negative.
+    """
+    for x in arrays:
+        if x.dtype.itemsize == 1 and 2**31 < x.size <= 2**32:
+            return f"{x.dtype}{list(x.shape)} has between 2^31 and 2^32 elements of one byte"
+    return None
 
 
 def dot(a: Any, b: Any, *, trans_a: bool = False, trans_b: bool = False) -> Any:
@@ -83,8 +115,14 @@ def dot(a: Any, b: Any, *, trans_a: bool = False, trans_b: bool = False) -> Any:
 
 
 def exp2(x: Any) -> Any:
-    """2 ** x of a float32 tile, by the special function unit: relative error 2^-22."""
-    return jnp.exp2(x) if target.current().platform == "cpu" else _exp2.bind(x)
+    """2 ** x of a float32 tile, by the special function unit: relative error 2^-22. On NVIDIA a
+    result below 2^-126 is 0."""
+    platform = target.current().platform
+    if platform == "cpu":
+        return jnp.exp2(x)
+    if platform == "cuda":  # what MLIR's operation becomes there keeps denormals: four instructions
+        return inline_asm("ex2.approx.ftz.f32 $0, $1;", [x], "=f,f", 1, [jnp.float32])[0]
+    return _exp2.bind(x)
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
@@ -95,8 +133,8 @@ def fma(a: Any, b: Any, c: Any) -> Any:
 
 
 # JAX lowers `lax.exp2` to the device library, which spends four more instructions on denormals;
-# MLIR's own operation becomes ex2.approx on NVIDIA and v_exp_f32 on AMD. (Not inline assembly:
-# LLVM would not see the hazard of a transcendental on RDNA3.)
+# MLIR's own operation becomes v_exp_f32 on AMD. (Not inline assembly: LLVM would not see the hazard
+# of a transcendental on RDNA3.)
 _exp2 = Primitive("mud_puppy_exp2")
 _exp2.def_abstract_eval(lambda x: ShapedArray(x.shape, x.dtype))
 
@@ -146,6 +184,50 @@ def _(
 ) -> Any:
     types = [mlir.aval_to_ir_type(context.context.mlir_ctx, a) for a in context.avals_out]
     op = triton_dialect.ElementwiseInlineAsmOp(types, text, constraints, pure, pack, args)
+    return list(op.results)
+
+
+def fetch(ref: Any, indices: Sequence[Any], count: int, valid: Any = None) -> list[Any]:
+    """`count` (1, 2 or 4) consecutive 32-bit elements of a ref, from each index of the last axis.
+
+    `indices` are tiles or scalars, one for each axis. Returns tiles of the last one's shape,
+    undefined where `valid` is false. Loads of this kind are issued in the program's order, ahead of
+    what is computed after them: ptxas puts others off until their value is needed. For NVIDIA and
+    the interpreter.
+    """
+    *lead, last = indices
+    if target.current().platform == "cpu":
+        other = None if valid is None else 0
+        return [load(ref.at[(*lead, last + i)], mask=valid, other=other) for i in range(count)]
+    lead = [jnp.broadcast_to(i, last.shape) for i in lead]
+    masks = [] if valid is None else [valid.astype(jnp.int32)]
+    return _fetch.bind(ref, *lead, last, *masks, count=count, masked=bool(masks))
+
+
+_fetch = Primitive("mud_puppy_fetch")
+_fetch.multiple_results = True
+_fetch.def_abstract_eval(
+    lambda ref, *tiles, count, masked: [ShapedArray(tiles[0].shape, ref.dtype)] * count
+)
+
+
+@lowering.register_lowering(_fetch)
+def _(context: Any, pointer: Any, *tiles: Any, count: int, masked: bool) -> Any:
+    ref, tile = context.avals_in[:2]
+    indices, masks = (tiles[:-1], tiles[-1:]) if masked else (tiles, ())
+    where = NDIndexer(tuple(indices), ref.shape, tile.shape)
+    pointers = lowering._compute_pointers_from_indices(pointer, context.block_infos[0], where)
+    to = ", ".join(f"${i}" for i in range(count))
+    # Relaxed: ptxas keeps such loads in order, and they may still hit the first-level cache.
+    text = f"ld.relaxed.cta.global.v{count}.b32 {{{to}}}, [${count}];"
+    if count == 1:
+        text = "ld.relaxed.cta.global.b32 $0, [$1];"
+    if masks:
+        text = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; @p {text} }}"
+    types = [mlir.aval_to_ir_type(context.context.mlir_ctx, a) for a in context.avals_out]
+    constraints = ",".join(["=r"] * count + ["l"] + ["r"] * len(masks))
+    args = [pointers, *masks]
+    op = triton_dialect.ElementwiseInlineAsmOp(types, text, constraints, False, 1, args)
     return list(op.results)
 
 

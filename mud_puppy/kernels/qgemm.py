@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int8
 
 from mud_puppy.kernels import choice, selfcheck, target, tuned
 from mud_puppy.kernels import pallas as pl
+from mud_puppy.kernels.arguments import INTEGERS, check_array, check_kind
 from mud_puppy.kernels.matmul import matmul
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
@@ -42,12 +43,15 @@ def qgemm(
     """[M, N] in `dtype`; with dtype=int32 the sums before scaling.
 
     a_scale and a_zero are numbers, or one for each row [M] or [M, 1]; b's are numbers, [N] or
-    [N, 1]. Not differentiable. Raises ValueError for shapes that do not fit, and for
-    implementation="pallas" where sizes have no tile.
+    [N, 1]. Zero points are integers. Not differentiable. Raises ValueError for shapes and dtypes
+    that do not fit, and for implementation="pallas" where sizes have no tile.
     """
+    for name, x, axes in (("a", a, "M K"), ("b", b, "N K")):
+        check_array(OP, name, x, axes, (jnp.int8,))
     (M, K), N = a.shape, b.shape[0]
     if b.shape[1] != K:
         raise ValueError(f"expected b [N, {K}], got {b.shape}")
+    a_zero, b_zero = _integers("a_zero", a_zero), _integers("b_zero", b_zero)
     sums = _product(a, b, implementation)
     if b_zero is not None:
         sums -= _row(b_zero, N) * a.astype(jnp.int32).sum(1)[:, None]
@@ -81,6 +85,15 @@ def fbgemm(
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
+def _integers(name: str, zero: Any) -> Array | None:
+    """A zero point as int32: in int8, K times two of them would overflow."""
+    if zero is None:
+        return None
+    zero = jnp.asarray(zero)
+    check_kind(OP, name, zero, INTEGERS)
+    return zero.astype(jnp.int32)
+
+
 def _column(value: Any, size: int) -> Array:
     value = jnp.asarray(value)
     if value.size not in (1, size):
@@ -97,17 +110,21 @@ def _row(value: Any, size: int) -> Array:
 
 def _product(a: Array, b: Array, implementation: str | None) -> Array:
     order = ("pallas",) if target.current().platform in ("cuda", "rocm") else ()
-    declines = {"pallas": lambda: _refusal(b)}
+    declines = {"pallas": lambda: _refusal(a, b)}
     name = choice.choose(OP, implementation, ("pallas", "xla"), declines, order)
+    if not (a.size and b.size):
+        return jnp.zeros((len(a), len(b)), jnp.int32)
     return _pallas(a, b) if name == "pallas" else _xla(a, b)
 
 
-def _refusal(b: Array) -> str | None:
+def _refusal(a: Array, b: Array) -> str | None:
     N, K = b.shape
-    if (split := choice.split_over_mesh()) is not None:
+    if (split := choice.split_over_mesh(a, b)) is not None:
         return split
     if N % 16 or K % 32:
         return f"b is [{N}, {K}], not multiples of [16, 32]"
+    if (long := pl.too_long(a, b)) is not None:
+        return long
     return selfcheck.fault("qgemm's Pallas kernel", functools.partial(_case, _pallas))
 
 

@@ -18,8 +18,8 @@ from mud_puppy.kernels import choice, target
 TABLES = Path(__file__).with_name("tables")
 # The interpreter's tiles do not matter for speed; it takes RDNA3's, which the emulator also runs.
 RELATIVES = {
-    "gfx11": "gfx1100", "gfx12": "gfx1201", "gfx90a": "gfx90a", "gfx950": "gfx950",
-    "gfx9": "gfx942", "sm": "sm90", "cpu": "gfx1100",
+    "gfx10": "gfx1100", "gfx11": "gfx1100", "gfx12": "gfx1201", "gfx90a": "gfx90a",
+    "gfx950": "gfx950", "gfx9": "gfx942", "sm": "sm90", "cpu": "gfx1100",
 }  # fmt: skip
 
 
@@ -39,7 +39,10 @@ def tiles(op: str, key: str) -> dict[str, int]:
 
 
 def _relative(arch: str) -> str:
-    return next(known for prefix, known in RELATIVES.items() if arch.startswith(prefix))
+    for prefix, known in RELATIVES.items():
+        if arch.startswith(prefix):
+            return known
+    raise KeyError(f"no tiles were tuned for {arch} or a relative of it: {', '.join(RELATIVES)}")
 
 
 @functools.cache

@@ -40,14 +40,14 @@ class FlashMHA(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ):
-        if head_dim is None and embed_dim % num_heads:
-            raise ValueError(
-                f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}: pass head_dim"
-            )
-        if num_heads % (num_kv_heads or num_heads):
-            raise ValueError(f"num_kv_heads {num_kv_heads} does not divide num_heads {num_heads}")
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        self.head_dim = head_dim or embed_dim // num_heads
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _check_sizes(embed_dim, num_heads, num_kv_heads, head_dim)
+        if window is not None and (window < 1 or not causal):
+            raise ValueError(f"a window needs causal attention and at least 1 key; got {window}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is a probability below 1; got {dropout}")
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         self.causal, self.window = causal, window
         self.dropout, self.deterministic = dropout, deterministic
         rngs = rngs or nnx.Rngs(0)
@@ -55,6 +55,8 @@ class FlashMHA(nnx.Module):
         heads = self.num_heads + 2 * self.num_kv_heads
         self.qkv = nnx.Linear(embed_dim, heads * self.head_dim, **options)
         self.out = nnx.Linear(self.num_heads * self.head_dim, embed_dim, **options)
+        if dropout and "dropout" not in rngs and "default" not in rngs:
+            raise ValueError('dropout needs a stream "dropout": pass nnx.Rngs(params=0, dropout=1)')
         self.rngs = rngs.dropout.fork() if dropout else None
 
     def __call__(
@@ -65,6 +67,10 @@ class FlashMHA(nnx.Module):
         implementation: str | None = None,
     ) -> Float[Array, "B T E"]:
         """Attention of x to itself; tokens of different `segment_ids` do not see each other."""
+        if x.ndim != 3 or x.shape[2] != self.qkv.in_features:
+            raise ValueError(
+                f"FlashMHA: expected x [B, T, {self.qkv.in_features}], got {list(x.shape)}"
+            )
         B, T, _ = x.shape
         H, K = self.num_heads, self.num_kv_heads
         heads = self.qkv(x).reshape(B, T, H + 2 * K, self.head_dim)
@@ -84,3 +90,16 @@ class FlashMHA(nnx.Module):
             implementation=implementation,
         )
         return self.out(attended.reshape(B, T, H * self.head_dim))
+
+
+def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> None:
+    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    for name, size in (*sizes.items(), ("head_dim", 1 if head_dim is None else head_dim)):
+        if size < 1:
+            raise ValueError(f"FlashMHA: {name} must be at least 1, got {size}")
+    if head_dim is None and embed_dim % num_heads:
+        raise ValueError(
+            f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}: pass head_dim"
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads {num_kv_heads} does not divide num_heads {num_heads}")

@@ -34,19 +34,29 @@ class Line:
 
 
 def tool(name: str) -> str:
-    """The path of an LLVM tool, the newest; UserError where there is none."""
-    for candidate in [*(f"{name}-{v}" for v in VERSIONS), name]:
+    """The name of an LLVM tool, the newest; UserError where there is none that is new enough."""
+    for candidate in (f"{name}-{v}" for v in VERSIONS):
         if shutil.which(candidate):
             return candidate
-    raise UserError(f"{name} was not found; on Debian: apt install llvm-22")
+    if shutil.which(name):
+        said = subprocess.run([name, "--version"], capture_output=True, text=True).stdout
+        found = re.search(r"LLVM version (\d+)", said)
+        if found and int(found[1]) >= VERSIONS[-1]:
+            return name
+    raise UserError(f"{name} {VERSIONS[-1]} or newer was not found; on Debian: apt install llvm-22")
 
 
 def disassemble(path: Path, kernel: str) -> list[Line]:
-    """The kernel's code as LLVM reads it. What it cannot read has text that begins ".long"."""
+    """The kernel's code as LLVM reads it. What it cannot read has text that begins ".long".
+
+    Raises UserError where there is no LLVM, NoEstimate where it refuses the file.
+    """
     symbol = next(s for s in elf.read(path).symbols() if s.name == kernel)
     command = [tool("llvm-objdump"), "-d", f"--disassemble-symbols={kernel}", str(path)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = (LINE.match(line) for line in text.splitlines())
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise NoEstimate(f"llvm-objdump refused {path}:\n{result.stderr[:1000]}")
+    rows = (LINE.match(line) for line in result.stdout.splitlines())
     lines = [Line(int(m[2], 16) - symbol.address, 4 * len(m[3].split()), m[1]) for m in rows if m]
     return [line for line in lines if line.at < symbol.size]
 

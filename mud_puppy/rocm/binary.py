@@ -40,7 +40,14 @@ class KernelBinary:
 
 
 def read(path: Path | str) -> list[KernelBinary]:
-    """The kernels of a .hsaco file. Raises ValueError where it is none."""
+    """The kernels of a .hsaco file. Raises ValueError where it is none, or damaged."""
+    try:
+        return _read(path)
+    except (*elf.DAMAGE, LookupError, TypeError, AttributeError) as problem:
+        raise ValueError(f"{path} is damaged: {problem!r}") from problem
+
+
+def _read(path: Path | str) -> list[KernelBinary]:
     file = elf.read(path)
     metadata = [unpack(data) for owner, kind, data in file.notes() if kind == METADATA]
     if not metadata:

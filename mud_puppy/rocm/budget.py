@@ -27,11 +27,11 @@ class Row:
 
     The loop is the outermost one with the most matrix instructions, the shortest of several: in a
     kernel that masks only some blocks, the loop over the others. It counts as one pass of it runs,
-    with all passes of the loops within. `narrow` counts LDS loads of one or two bytes in all loops
-    with matrix instructions, as they stand in the code. `work` is what the source asks of one wave
-    in one pass, in products of 16x16x16 (8,192 FLOP); if more matrix instructions of that size run,
-    waves repeat each other's work. `cycles` is llvm-mca's estimate for one matrix instruction's
-    share of the pass.
+    with all passes of the loops within. `narrow` counts LDS loads of one or two bytes in
+    all loops, as they stand in the code. `work` is what the source asks of one wave in one pass, in
+    products of 16x16x16 (8,192 FLOP); if more matrix instructions of that size run, waves repeat
+    each other's work. `cycles` is llvm-mca's estimate for one matrix instruction's share of the
+    pass.
     """
 
     arch: str
@@ -88,7 +88,8 @@ def rows(case: str, compiled: Compiled, estimate: bool = True) -> list[Row]:
 def _row(case: str, kernel: Kernel, estimate: bool) -> Row:
     assert kernel.binary
     read = next(b for b in binary.read(kernel.binary) if b.name == kernel.name)
-    loops = [x for x in instructions.loops(read.code, read.arch) if x.counts[MATRIX]]
+    every = instructions.loops(read.code, read.arch)
+    loops = [x for x in every if x.counts[MATRIX]]
     loop = main_loop(loops, kernel.loop_depth)
     # What stands once in the code of the loop and runs several times in a pass of it.
     within = [x for x in loops if loop and loop.holds(x) and x.depth == loop.depth + 1]
@@ -108,7 +109,7 @@ def _row(case: str, kernel: Kernel, estimate: bool) -> Row:
         waves=read.waves_per_simd(kernel.threads, kernel.dynamic_lds_bytes),
         dots=kernel.dots,
         matrix=instructions.count(read.code, read.arch)[MATRIX],
-        narrow=sum(x.counts[instructions.NARROW_LOAD] for x in loops if x.depth == 0),
+        narrow=sum(x.counts[instructions.NARROW_LOAD] for x in every if x.depth == 0),
         loop=sum(n * x.counts.total() for x, n in parts),
         loop_matrix=matrix,
         work=round(kernel.loop_flops / 8192 * read.wave_size / kernel.threads, 2),
@@ -118,8 +119,8 @@ def _row(case: str, kernel: Kernel, estimate: bool) -> Row:
 
 def _cycles(kernel: Kernel, parts: list[tuple[instructions.Loop, int]], arch: str) -> float | None:
     assert kernel.binary
-    lines = assembly.disassemble(kernel.binary, kernel.name)
     try:
+        lines = assembly.disassemble(kernel.binary, kernel.name)
         return sum(n * assembly.cycles(lines, loop, arch) for loop, n in parts if n)
     except assembly.NoEstimate:
         return None
@@ -134,7 +135,8 @@ def main_loop(loops: list[instructions.Loop], depth: int = 0) -> instructions.Lo
 
 
 def faults(row: Row) -> list[str]:
-    """What no tuned kernel may have: spills, too much LDS, products without matrix instructions."""
+    """What no tuned kernel may have: spills, too much LDS, products without matrix instructions,
+    LDS read one or two bytes at a time in a loop."""
     limit = ARCHITECTURES[row.arch].lds_bytes_per_block
     found = []
     if row.spills:
@@ -143,16 +145,16 @@ def faults(row: Row) -> list[str]:
         found.append(f"{row.lds_bytes} bytes of LDS, {limit} fit")
     if row.dots and not row.matrix:
         found.append(f"{row.dots} matrix products and no matrix instruction")
+    if row.narrow:
+        found.append(f"{row.narrow} LDS loads of one or two bytes in loops")
     return found
 
 
 def worse(row: Row, kept: Row) -> list[str]:
     """In what the row is worse than the one that was kept; estimates count beyond 5 %."""
-    found = [
-        f"{name}: {getattr(row, name)}, it was {getattr(kept, name)}"
-        for name in ("scratch_bytes", "narrow")
-        if getattr(row, name) > getattr(kept, name)
-    ]
+    found = []
+    if row.scratch_bytes > kept.scratch_bytes:
+        found.append(f"scratch_bytes: {row.scratch_bytes}, it was {kept.scratch_bytes}")
     if row.waves < kept.waves:
         found.append(f"waves: {row.waves}, it was {kept.waves}")
     if row.cycles and kept.cycles and row.cycles > 1.05 * kept.cycles:

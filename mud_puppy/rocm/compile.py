@@ -5,7 +5,8 @@
 
 A worker process, which has no device, loads XLA's ROCm plugin and compiles one unit after another;
 the caller's own JAX is not touched. `folder` keeps the kernels' binaries (.hsaco), which `binary`
-reads. The unit names a function that builds what is compiled, so that it can cross to the worker.
+reads, in a folder of its own for each worker. The unit names a function that builds what is
+compiled, so that it can cross to the worker.
 """
 
 import json
@@ -21,6 +22,8 @@ from typing import Any
 
 from mud_puppy.errors import UserError
 from mud_puppy.rocm import plugin, standins, targets
+
+START_S = 300.0  # for importing JAX and loading the plugin's 500 MB, seldom more than five
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,12 @@ class Compiler:
         self._library = plugin.find(plugin_folder)
         self._scratch = None if folder else tempfile.TemporaryDirectory(prefix="mud-puppy-rocm-")
         self.folder = Path(folder or self._scratch.name).resolve()  # pyright: ignore
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise UserError(f"binaries cannot be kept in {self.folder}: {problem}") from problem
         self._process: subprocess.Popen | None = None
+        self._own = self.folder  # of the worker that runs
 
     def __enter__(self) -> "Compiler":
         return self
@@ -103,7 +110,10 @@ class Compiler:
             self._scratch.cleanup()
 
     def compile(self, unit: Unit, timeout_s: float = 600.0) -> Compiled:
-        """Raises CompileError; after a crash or a time-out the next unit gets a new worker."""
+        """Raises CompileError; after a crash or a time-out the next unit gets a new worker.
+
+        Raises UserError for an unknown card, and where no worker can start.
+        """
         targets.card(unit.card)  # an unknown card is the caller's mistake, not the compiler's
         answer = self._ask(unit, timeout_s)
         if "error" in answer:
@@ -115,10 +125,9 @@ class Compiler:
         return Compiled(unit, Memory(**answer["memory"]), tuple(kernels), answer["seconds"])
 
     def _path(self, name: str | None) -> Path | None:
-        return self.folder / name if name else None
+        return self._own / name if name else None
 
     def _ask(self, unit: Unit, timeout_s: float) -> dict[str, Any]:
-        process = self._process = self._process or self._start()
         line = json.dumps(
             {
                 "function": unit.function,
@@ -127,33 +136,46 @@ class Compiler:
                 "options": dict(unit.options),
             }
         )
-        assert process.stdin and process.stdout
+        if self._process is None:
+            self._start()
+        process = self._process
+        assert process and process.stdin
         said = self._log.stat().st_size
         try:
             process.stdin.write(line + "\n")
             process.stdin.flush()
         except BrokenPipeError:
             return {"error": self._last_words(said)}
-        ready, _, _ = select.select([process.stdout], [], [], timeout_s)
-        if not ready:
+        answer = self._answer(timeout_s)
+        if answer is None:
             self._stop()
             return {"error": f"compiling took longer than {timeout_s:g} s"}
-        answer = process.stdout.readline()
-        return json.loads(answer) if answer else {"error": self._last_words(said)}
+        return answer or {"error": self._last_words(said)}
 
-    def _start(self) -> subprocess.Popen:
+    def _answer(self, timeout_s: float) -> dict[str, Any] | None:
+        """The worker's next line; empty if it died, None if it says nothing for so long."""
+        assert self._process and self._process.stdout
+        ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
+        if not ready:
+            return None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line.endswith("\n") else {}
+
+    def _start(self) -> None:
+        # XLA's binaries tell nothing of who wanted them: no other worker's may lie beside them.
+        self._own = Path(tempfile.mkdtemp(prefix="worker-", dir=self.folder))
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         environment |= {
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             "TF_ROCM_KEEP_XLA_TEMPFILES": "1",
-            "TMPDIR": str(self.folder),
+            "TMPDIR": str(self._own),
             "TF_CPP_MIN_LOG_LEVEL": "1",
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from it leaves no binary
         }
         command = [sys.executable, "-m", "mud_puppy.rocm.worker", str(self._library)]
         with open(self._log, "w") as log:
-            return subprocess.Popen(
+            self._process = subprocess.Popen(
                 [*command, str(standins.default_cache())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -161,15 +183,26 @@ class Compiler:
                 text=True,
                 env=environment,
             )
+        answer = self._answer(START_S)
+        if answer is None:
+            self._stop()
+            raise UserError(f"XLA's ROCm compiler did not start within {START_S:g} s")
+        if not answer.get("ready"):
+            words = answer.get("fault") or self._last_words(0)
+            self._stop()
+            raise UserError(words)
 
     @property
     def _log(self) -> Path:
-        return self.folder / "worker.log"
+        return self._own / "worker.log"
 
     def _last_words(self, said: int) -> str:
         """What the worker wrote to its log after that many bytes, before it died."""
         assert self._process
-        status = self._process.wait(timeout=10)
+        try:
+            status = str(self._process.wait(timeout=10))
+        except subprocess.TimeoutExpired:
+            status = "none: it hangs"
         self._stop()
         log = self._log.read_bytes()[said:].decode(errors="replace")
         words = log.strip().splitlines()[-12:]

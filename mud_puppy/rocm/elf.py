@@ -12,6 +12,7 @@ from pathlib import Path
 NOTE, DYNSYM, DYNAMIC, VERSYM, VERNEED = 7, 11, 6, 0x6FFFFFFF, 0x6FFFFFFE
 DT_NEEDED = 1
 STT_FUNC, STB_GLOBAL = 2, 1
+DAMAGE = (struct.error, IndexError, OverflowError)  # what reading a damaged file may raise
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ traceback at start when it finds the plugin and no card.
 
 import os
 import re
+import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ def find(folder: Path | None = None) -> Path:
     Raises UserError, with the command that installs it, where there is none or one for another JAX.
     """
     named = folder or os.environ.get(VARIABLE)
-    places = [Path(named)] if named else [Path(p) for p in sys.path if p]
+    places = [Path(named).expanduser()] if named else [Path(p) for p in sys.path if p]
     found = next((library for place in places for library in place.glob(LIBRARY)), None)
     if found is None:
         where = f"in {named}" if named else "in this Python environment"
@@ -44,6 +45,6 @@ def _check_version(place: Path, named: str | Path | None) -> None:
 
 
 def _command(named: str | Path | None) -> str:
-    folder = named or "rocm-plugin"
+    folder = shlex.quote(str(named or "rocm-plugin"))
     install = f"pip install --no-deps --target {folder} jax-rocm7-pjrt=={version('jax')}"
     return install if named else f"{install}, then set {VARIABLE}={folder}"

@@ -41,9 +41,10 @@ def load(plugin: Path, cache: Path | None = None) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(plugin))
     except OSError:
-        for library in write(plugin, cache or default_cache()):
-            ctypes.CDLL(str(library))  # the loader then finds it by its soname
+        libraries = write(plugin, cache or default_cache())
     try:
+        for library in libraries:
+            ctypes.CDLL(str(library))  # the loader then finds it by its soname
         return ctypes.CDLL(str(plugin))
     except OSError as problem:
         raise UserError(f"XLA's ROCm plugin does not load: {problem}") from problem
@@ -56,19 +57,33 @@ def write(plugin: Path, folder: Path) -> list[Path]:
             "compiling for AMD cards without ROCm works on x86-64 Linux only; "
             f"this is {platform.machine()} {sys.platform}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    exports = _exports(elf.read(plugin))
+    try:
+        exports = _exports(elf.read(plugin))
+    except (ValueError, *elf.DAMAGE) as problem:
+        raise UserError(f"XLA's ROCm plugin is damaged: {plugin}: {problem}") from problem
     paths = []
     for soname, symbols in exports.items():
         image = library(soname, symbols)
         # Another version of the plugin asks for other symbols: the name says which these are.
         path = folder / f"{hashlib.sha256(image).hexdigest()[:12]}-{soname}"
         if not path.exists():
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_bytes(image)
-            partial.replace(path)
+            _put(path, image)
         paths.append(path)
     return paths
+
+
+def _put(path: Path, image: bytes) -> None:
+    """Write the file as a whole or not at all, for other processes may look for it too."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(image)
+        partial.replace(path)
+    except OSError as problem:
+        raise UserError(
+            f"stand-ins for ROCm's libraries cannot be written: {problem}. "
+            "XDG_CACHE_HOME names another place"
+        ) from problem
 
 
 def default_cache() -> Path:

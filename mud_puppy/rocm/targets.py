@@ -3,10 +3,23 @@
 `card("gfx1100")`, `card("RX 7900 XTX")` and `card("mi300x")` find one; `target_config(card)` is
 the description that XLA compiles for. Figures are the vendor's peaks, not measurements.
 
-Sources: compute units, memory, LDS, L2 and register files as in AMD's table of GPU specifications
-(`SPECS`); peaks, clocks and bandwidth as AMD publishes them (`Card.source` is the page to hold them
-against: it was not opened when they were written down, beyond the check that each peak is compute
-units x clock x the matrix rate); the limits of a wave from LLVM's AMDGPU backend.
+Held against their sources on 2026-11-22, where all agreed:
+
+- compute units, memory, LDS, L2, wave sizes, register files: AMD's table of GPU specifications
+  (`SPECS`), whose LDS (128 KiB) and registers (768 KiB) of a Radeon are those of two units.
+- products of a compute unit in a clock, in bf16: AMD's pages on RDNA4 (`RDNA4`; 512 on RDNA3, 1024
+  on RDNA4), MI250 (1024, 1.7 GHz, 1.6 TB/s a die) and MI300 (2048, 1307.4 TFLOP/s, 5.3 TB/s). A
+  card's peak is that number x units x clock, which a test checks.
+- registers, their steps, waves of a SIMD: what LLVM 22 says of kernels compiled for each. It counts
+  waves without regard to whole blocks, which `binary.occupancy` does not.
+- the step of LDS: LLVM's encoding of it; of gfx950 LLVM's sources say 1,280 bytes (a 128th of the
+  whole, as on the others) where its assembly printer rounds to 2,048.
+- fp8: fnuz of gfx942 by AMD's HIP page on FP8 numbers; OCP of gfx12 and gfx950 by LLVM.
+
+Not found on AMD's own pages, but equal in the press, resellers' data or openxla's descriptions:
+clocks and bandwidths of the Radeons, those of MI325X (6 TB/s) and MI355X (2.4 GHz, 8 TB/s, 4096
+products; its 2516.6 TFLOP/s are AMD's "2.5 PFLOPS"). `Card.source` is where AMD should say them;
+those product pages could not be opened.
 """
 
 from dataclasses import dataclass
@@ -14,6 +27,7 @@ from dataclasses import dataclass
 from mud_puppy.errors import UserError, nearest
 
 SPECS = "https://rocm.docs.amd.com/en/latest/reference/gpu-specs.html"
+RDNA4 = "https://gpuopen.com/learn/using_matrix_core_amd_rdna4"
 LLVM = "https://llvm.org/docs/AMDGPUUsage.html"
 XLA = "https://github.com/openxla/xla/blob/main/xla/backends/gpu/target_config/specs"
 GIB = 1024**3

@@ -1,8 +1,8 @@
 """The process that compiles: `python -m mud_puppy.rocm.worker PLUGIN STANDINS`.
 
-Reads one unit a line (JSON) and answers one line each; `compile.Compiler` is its only caller. Runs
-with JAX_PLATFORMS=cpu: the ROCm plugin is only ever asked to compile. What XLA and a unit print
-goes to stderr.
+Says {"ready": true}, or what is at {"fault": ...}; then reads one unit a line (JSON) and answers
+one line each. `compile.Compiler` is its only caller. Runs with JAX_PLATFORMS=cpu: the ROCm plugin
+is only ever asked to compile. What XLA and a unit print goes to stderr.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib import xla_client
 
+from mud_puppy.errors import UserError
 from mud_puppy.kernels import target
 from mud_puppy.rocm import elf, standins, targets
 
@@ -45,12 +46,17 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)  # "no AMD GPUs": known
-    register(library, cache)
+    try:
+        register(library, cache)
+    except UserError as fault:
+        print(json.dumps({"fault": str(fault)}), file=answers, flush=True)
+        return
+    print(json.dumps({"ready": True}), file=answers, flush=True)
     state = State(Path(os.environ["TMPDIR"]))
     for number, line in enumerate(sys.stdin):
         try:
             answer = state.compile(number, **json.loads(line))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {str(error)[:2000]}"}
         state.tidy(number)
@@ -157,6 +163,8 @@ class State:
 def resolve(function: str) -> Callable[..., tuple[Callable, tuple]]:
     """ "package.module:name" or "path/file.py:name" -> the function."""
     where, _, name = function.rpartition(":")
+    if not where or not name:
+        raise ValueError(f"'{function}' is neither package.module:name nor path/file.py:name")
     if not where.endswith(".py"):
         return getattr(importlib.import_module(where), name)
     known = "unit_" + hashlib.sha256(where.encode()).hexdigest()[:8]

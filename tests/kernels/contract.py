@@ -54,7 +54,7 @@ def differences(got: Any, want: Any) -> Iterator[float]:
     for g, w in zip(got, want, strict=True):
         assert g.shape == w.shape, (g.shape, w.shape)
         g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
-        assert np.array_equal(np.isneginf(g), np.isneginf(w))
+        assert np.array_equal(np.isneginf(g), np.isneginf(w)) and not np.isnan(w).any()
         g, w = g[np.isfinite(w)], w[np.isfinite(w)]
         assert np.isfinite(g).all()
         yield np.abs(g - w).max(initial=0) / max(np.abs(w).max(initial=0), 1e-3)

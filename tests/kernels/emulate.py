@@ -4,7 +4,8 @@
     python tests/kernels/emulate.py --device [CASE ...]        # on the GPU at hand, not emulated
 
 Without a case, all. Prints a line of JSON for each: {"case", "errors": {leaf: relative L2 error},
-"kernels": those that the emulator ran, "seconds"}. --mutate spoils their results, which must show.
+"kernels": those that the emulator ran, "seconds"}, or "failed": why instead of the errors, and then
+the exit status is 1. --mutate spoils the kernels' results, which must show.
 
 Emulated: the op runs on the CPU as it would on a gfx1100, and each Pallas call in it is compiled
 for gfx1100 by XLA's ROCm compiler and its binary run by the RDNA3 emulator of a tinygrad checkout,
@@ -21,6 +22,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,15 +33,14 @@ sys.path[0] = str(HERE.parents[1])  # the checkout, so that `tests.kernels` is f
 ARCH = "gfx1100"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", action="store_true", help="on the GPU at hand")
     parser.add_argument("--mutate", action="store_true", help="spoil each kernel's first output")
     parser.add_argument("cases", nargs="*")
     options = parser.parse_args()
     if options.device:
-        on_device(options.cases)
-        return
+        return 0 if on_device(options.cases) else 1
     with tempfile.TemporaryDirectory(prefix="mud-puppy-emulator-") as folder:
         # Before JAX starts: where XLA leaves binaries, and no GPU.
         os.environ |= {
@@ -49,10 +50,10 @@ def main() -> None:
             "JAX_ENABLE_COMPILATION_CACHE": "false",
         }
         os.environ.pop("XLA_FLAGS", None)
-        emulated(Path(folder), options.cases, options.mutate)
+        return 0 if emulated(Path(folder), options.cases, options.mutate) else 1
 
 
-def emulated(folder: Path, names: list[str], mutate: bool) -> None:
+def emulated(folder: Path, names: list[str], mutate: bool) -> bool:
     """Run the cases with every Pallas call emulated."""
     import jax
 
@@ -90,7 +91,7 @@ def emulated(folder: Path, names: list[str], mutate: bool) -> None:
     ran: list[str] = []
     pallas.call = call
     with target.use(target.Target("rocm", ARCH)):
-        run_all(names, ran)
+        return run_all(names, ran)
 
 
 def launched(launch: dict, out_shape: Any, args: tuple, mutate: bool) -> Any:
@@ -184,27 +185,54 @@ def _guard_inactive_lanes(module: Any) -> None:
     emu._decode_at = guarded
 
 
-def run_all(names: list[str], ran: list[str]) -> None:
+def run_all(names: list[str], ran: list[str]) -> bool:
     """Print a line for each case; `ran` collects the names of the kernels that were emulated."""
     from tests.kernels.contract import results
 
+    good = True
     for name, case in chosen(names).items():
         ran.clear()
-        start = time.perf_counter()
-        line = {"case": name, "errors": errors(case(), results), "kernels": ran}
-        line["seconds"] = round(time.perf_counter() - start, 1)
-        print(json.dumps(line), flush=True)
+        line = measured(name, case, results)
+        print(json.dumps(line | {"kernels": ran}), flush=True)
+        good &= "errors" in line
+    return good
 
 
-def on_device(names: list[str]) -> None:
+def on_device(names: list[str]) -> bool:
     """Print a line for each case, in the order in which they get ready: compiling takes longest."""
+    import jax
+
+    from mud_puppy.kernels import selfcheck
     from tests.kernels.contract import compiled
 
-    def one(item: tuple[str, Any]) -> None:
-        print(json.dumps({"case": item[0], "errors": errors(item[1](), compiled)}), flush=True)
+    # A kernel that its self-check refuses could not be measured; the checks also take turns.
+    selfcheck.fault = lambda *_: None
+    cpu = jax.devices("cpu")[0]
 
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(one, chosen(names).items()))
+    def one(item: tuple[str, Any]) -> bool:
+        def case() -> tuple:
+            with jax.default_device(cpu):  # making weights compiles many small functions
+                op, reference, args = item[1]()
+            return op, reference, jax.device_put(args, jax.devices()[0])
+
+        line = measured(item[0], case, compiled)
+        print(json.dumps(line), flush=True)
+        return "errors" in line
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return all(list(pool.map(one, chosen(names).items())))
+
+
+def measured(name: str, case: Any, run: Any) -> dict[str, Any]:
+    """The line of one case."""
+    start = time.perf_counter()
+    line: dict[str, Any] = {"case": name}
+    try:
+        line["errors"] = errors(case(), run)
+    except Exception as problem:
+        traceback.print_exc()
+        line["failed"] = f"{type(problem).__name__}: {str(problem)[-1000:]}"
+    return line | {"seconds": round(time.perf_counter() - start, 1)}
 
 
 def chosen(names: list[str]) -> dict[str, Any]:
@@ -241,4 +269,4 @@ def errors(case: tuple, run: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mud_puppy.kernels import formats, pallas, target
-from mud_puppy.kernels.quantized_matmul import decode, decode_cuda
+from mud_puppy.kernels.quantized_matmul import decode, decode_cuda, fragment
 from tests.kernels import ptx
 
 CPU = target.Target("cpu", "cpu")
@@ -58,9 +58,14 @@ def test_nvidias_text_computes_the_planes(format, extra, dtype, monkeypatch):
     if (format, dtype) == ("fp8_e5m2fnuz", jnp.float16):
         return  # refused by the plan
     words, scales, zeros, minimum = tile(format, extra)
+    if format in decode.TABLES:
+        decode_cuda.table(format, jnp.dtype(dtype), jnp.zeros((1, 32), jnp.int32))
     got = decode_cuda.planes(words, format, dtype, scales, zeros, minimum)
     with target.use(CPU):
         want = decode.planes(words, format, jnp.float32, scales, zeros, minimum)
+    if format in decode.TABLES:  # in pairs: the order that `decode.order` brings x to
+        elements = jnp.stack(want, -1).reshape(8, -1, 4, 2).transpose(2, 0, 1, 3)
+        want = list(elements.reshape(4, 8, -1))
     for g, w in zip(got, want, strict=True):
         # The number is rounded, then its product with the scale.
         error = np.abs(np.asarray(g, np.float32) - w).max()
@@ -87,3 +92,58 @@ def test_a_wrong_text_is_seen(monkeypatch):
     monkeypatch.setattr(pallas, "inline_asm", ptx.inline_asm)
     got = decode_cuda.floats(words, "nf4")
     assert not np.array_equal(got[0], want[0]) and np.array_equal(got[1], want[1])
+
+
+# `fragment_cuda`: the products of matrix instructions, and their sums.
+
+
+def _operands(format, zero_points):
+    """For two warps: codes, (scale, zero) of two rows, x for two instructions, sums."""
+    rng = np.random.default_rng(0)
+
+    def words(low, high):
+        return jnp.asarray(rng.integers(low, high, (2, 32), dtype=np.int32))
+
+    def floats():
+        return jnp.asarray(rng.normal(size=(2, 32)), jnp.float32)
+
+    pairs = [
+        ([words(-(2**31), 2**31 - 1) for _ in range(2)],
+         (floats(), words(0, 16) if zero_points else None))
+        for _ in range(2)
+    ]  # fmt: skip
+    x = rng.normal(size=(2, 8, 2, 32, 2)).astype(jnp.bfloat16)
+    xs = [[jnp.asarray(word.view(np.int32)[..., 0]) for word in of_eight] for of_eight in x]
+    return pairs, xs, [floats() for _ in range(8)]
+
+
+@pytest.mark.parametrize("format, zero_points", [("nf4", False), ("int4", False), ("int4", True)])
+def test_nvidias_text_computes_the_products(format, zero_points, monkeypatch):
+    monkeypatch.setattr(pallas, "inline_asm", ptx.inline_asm)
+    half = jnp.dtype(jnp.bfloat16)
+    pairs, xs, sums = _operands(format, zero_points)
+    with target.use(target.Target("cuda", "sm90")):
+        table = decode.table(format, half, sums[0])
+        got = fragment._add(sums, format, half, table, pairs, xs)
+    with target.use(CPU):
+        want = fragment._add(sums, format, half, None, pairs, xs)
+        # The mutation partner: the scales of the two rows exchanged.
+        mixed = [(pairs[0][0], pairs[1][1]), (pairs[1][0], pairs[0][1])]
+        wrong = fragment._add(sums, format, half, None, mixed, xs)
+    bound = 2**-8 if format == "nf4" else 2**-20  # nf4's numbers are rounded to bfloat16
+    for g, w, other in zip(got, want, wrong, strict=True):
+        np.testing.assert_allclose(g, w, atol=128 * bound, rtol=bound)
+        assert np.abs(np.asarray(other) - w).max() > 1
+
+
+@pytest.mark.parametrize("count, bits", [(1, [1, 2, 4, 8, 16]), (4, [4]), (8, [])])
+def test_nvidias_text_computes_the_sums(count, bits, monkeypatch):
+    monkeypatch.setattr(pallas, "inline_asm", ptx.inline_asm)
+    rng = np.random.default_rng(0)
+    tiles = [jnp.asarray(rng.normal(size=(4, 32)), jnp.float32) for _ in range(count)]
+    got = {}
+    for place in (target.Target("cuda", "sm90"), CPU):
+        with target.use(place):
+            got[place] = fragment._added(tiles, bits, None)
+    for g, w in zip(*got.values(), strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-5)

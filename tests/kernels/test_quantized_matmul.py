@@ -1,5 +1,6 @@
 """quantized_matmul against float64: every format, 40 drawn shapes, its gradient, its places."""
 
+import contextlib
 import functools
 from dataclasses import replace
 
@@ -107,8 +108,56 @@ def test_one_row_on_the_vector_units(case):
     for dtype in (BF16, F16):
         x, _ = inputs(1, w, dtype)
         plan = plans.plan(x, w)
-        assert not isinstance(plan, str) and plan.vector
+        assert not isinstance(plan, str) and plan.kernel == "vector"
         check(w, 1, dtype, "pallas")
+
+
+FRAGMENTS = ("nf4", "nf4 double", "int4", "int4 zero points")
+
+
+def hopper():
+    """An H100's plans, for the interpreter where there is no card."""
+    card = target.current().platform == "cuda"
+    return contextlib.nullcontext() if card else target.use(target.Target("cpu", "sm90"))
+
+
+def by_fragments(w, rows, dtype, seed=0):
+    with hopper():
+        plan = plans.plan(inputs(rows, w, dtype)[0], w)
+        assert not isinstance(plan, str) and plan.kernel == "fragment"
+        return check(w, rows, dtype, "pallas", seed)
+
+
+@pytest.mark.parametrize("case", FRAGMENTS)
+@pytest.mark.parametrize("rows, dtype", [(1, BF16), (8, F16), (16, BF16)])
+def test_few_rows_by_fragments(case, rows, dtype):
+    by_fragments(weight(48, 512, **CASES[case]), rows, dtype)
+
+
+@settings(derandomize=True, deadline=None, max_examples=12)
+@given(st.data())
+def test_drawn_shapes_by_fragments(data):
+    draw = data.draw
+    w = weight(
+        16 * draw(st.integers(1, 5)), 256 * draw(st.integers(1, 4)),
+        **CASES[draw(st.sampled_from(FRAGMENTS))], seed=draw(st.integers(0, 1000)),
+    )  # fmt: skip
+    by_fragments(w, draw(st.integers(1, 16)), BF16)
+
+
+def test_wrong_codes_are_seen_by_fragments():
+    """The mutation partner: the bytes of a lane's two words in another order, the next scale."""
+    w = weight(32, 512, "int4")
+    _, want, bound = by_fragments(w, 3, BF16)
+    x, g = inputs(3, w, BF16)
+    rolled = jnp.roll(w.codes.reshape(32, -1, 8), 1, axis=2).reshape(w.codes.shape)
+    for wrong in (
+        Quantized(rolled, w.scales, format="int4"),
+        Quantized(w.codes, jnp.roll(w.scales, 1, axis=1), format="int4"),
+    ):
+        with hopper():
+            got = compiled(lambda x, w=wrong: quantized_matmul(x, w, "pallas"), (x,), g)
+        assert max(differences(got, want)) > 3 * bound
 
 
 @pytest.mark.parametrize("case", ["nf4", "int4 zero points", "int8", "fp8_e4m3fn"])

@@ -35,6 +35,19 @@ def test_what_is_no_kernel_binary_is_an_error(tmp_path):
         binary.read(path)
 
 
+def test_a_damaged_kernel_binary_is_an_error(tmp_path):
+    whole = (BINARIES / "product_gfx1100.hsaco").read_bytes()
+    path, refused = tmp_path / "x.hsaco", 0
+    for at in range(16, len(whole), 53):
+        for damaged in (whole[:at], whole[:at] + b"\xff" * 4 + whole[at + 4 :]):
+            path.write_bytes(damaged)
+            try:
+                binary.read(path)
+            except ValueError:  # and nothing else
+                refused += 1
+    assert refused > 20
+
+
 def test_messagepack_types():
     packed = (
         b"\x87"  # a map of 7

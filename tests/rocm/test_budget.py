@@ -17,19 +17,20 @@ def test_a_good_row_has_no_fault():
     assert budget.faults(replace(GOOD, dots=0, matrix=0)) == []
 
 
-def test_spills_lds_and_lost_matrix_instructions_are_faults():
-    bad = replace(GOOD, spills=3, lds_bytes=65537, matrix=0)
-    spills, lds, matrix = budget.faults(bad)
+def test_spills_lds_lost_matrix_instructions_and_narrow_loads_are_faults():
+    bad = replace(GOOD, spills=3, lds_bytes=65537, matrix=0, narrow=160)
+    spills, lds, matrix, narrow = budget.faults(bad)
     assert "3 vector registers" in spills and "65536 fit" in lds and "2 matrix" in matrix
+    assert "160 LDS loads" in narrow
     assert budget.faults(replace(GOOD, arch="gfx950", lds_bytes=163840)) == []
 
 
 def test_worse_than_before():
     assert budget.worse(GOOD, GOOD) == []
     assert budget.worse(replace(GOOD, waves=8, cycles=20.0), GOOD) == []
-    slower = replace(GOOD, waves=4, narrow=160, cycles=27.0)
+    slower = replace(GOOD, waves=4, scratch_bytes=64, cycles=27.0)
     assert budget.worse(slower, GOOD) == [
-        "narrow: 160, it was 0",
+        "scratch_bytes: 64, it was 0",
         "waves: 4, it was 6",
         "cycles: 27.0, it was 25.5",
     ]

@@ -65,6 +65,12 @@ def test_a_spill_is_seen(compiler):
     assert any("spilled" in fault for fault in budget.faults(row))
 
 
+def test_a_gather_of_two_bytes_is_seen(compiler):
+    (row,) = budget.measure(compiler, "", unit("product", along_k=False), estimate=False)
+    assert row.narrow > 0
+    assert any("LDS loads of one or two bytes" in fault for fault in budget.faults(row))
+
+
 def test_a_unit_compiled_again_still_has_its_binary(compiler):
     """XLA compiles equal kernels once in a process, and leaves a file only then."""
     once, again = (compiler.compile(unit("product")).kernels for _ in range(2))
@@ -96,6 +102,28 @@ def test_errors_come_back_and_the_next_unit_compiles(compiler):
     with pytest.raises(UserError, match="no known AMD card"):
         compiler.compile(unit("product", "gfx0"))
     assert compiler.compile(unit("product")).kernels[0].dots == 1
+
+
+def test_two_workers_share_a_folder_and_none_sees_the_others_binaries(tmp_path):
+    folder = tmp_path / "with a space"
+    with Compiler(folder) as one, Compiler(folder) as other:
+        first = one.compile(unit("product")).kernels[0].binary
+        second = other.compile(unit("product")).kernels[0].binary
+    assert first and second and first.parent != second.parent
+    assert {first.parent.parent, second.parent.parent} == {folder}
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_worker_that_cannot_start_is_not_the_units_fault(tmp_path):
+    library = tmp_path / "jax_plugins" / "xla_rocm7" / "xla_rocm_plugin.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"no library")
+    with Compiler(tmp_path / "binaries", plugin_folder=tmp_path) as compiler:
+        for _ in range(2):
+            with pytest.raises(UserError, match="plugin is damaged"):
+                compiler.compile(unit("product"))
+    with pytest.raises(UserError, match="cannot be kept in"):
+        Compiler(library / "binaries", plugin_folder=tmp_path)
 
 
 KINDS = {
@@ -130,9 +158,8 @@ def test_the_walker_agrees_with_llvm(compiler, arch, name):
 @pytest.mark.slow
 def test_an_estimate_grows_with_the_work(compiler):
     """Needs llvm-mca. Twice the tile is eight times the product of a pass."""
-    rows = [
-        budget.measure(compiler, "product", unit("product", block=block))[0] for block in (32, 64)
-    ]
+    units = [unit("product", block=block, along_k=False) for block in (32, 64)]
+    rows = [budget.measure(compiler, "product", one)[0] for one in units]
     small, large = (row.cycles * row.loop_matrix for row in rows)
     assert 1.2 * small < large
 
@@ -152,7 +179,24 @@ def test_the_table_tool_fails_on_a_spill():
     assert bad.returncode == 1 and "vector registers are spilled" in bad.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--arch", "gfx1030"], "'gfx1030' is no known AMD card"),
+        (["--only", "nothing of that name"], "no case has 'nothing of that name'"),
+        (["--unit", "a:b", "--arguments", "[1]"], "not an object of JSON"),
+        (["--unit", "a:b", "--write"], "--write is for the project's own kernels"),
+    ],
+)
+def test_the_table_tool_says_what_it_cannot_do(arguments, said):
+    result = run_table(*arguments)
+    assert result.returncode == 2 and said in result.stderr
+    assert "Traceback" not in result.stderr and not result.stdout
+
+
 def test_the_table_tool_fails_on_what_does_not_compile():
     result = run_table("--unit", f"{UNITS}:broken")
     assert result.returncode == 1
     assert "this unit cannot be built" in result.stderr and "Traceback" not in result.stderr
+    result = run_table("--unit", "only_a_name")
+    assert result.returncode == 1 and "neither package.module:name" in result.stderr

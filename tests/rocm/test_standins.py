@@ -3,6 +3,7 @@
 import ctypes
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -114,10 +115,33 @@ def test_other_machines_are_told_so(monkeypatch, tmp_path):
         standins.write(tmp_path / "plugin.so", tmp_path)
 
 
+def test_a_damaged_plugin_and_a_cache_that_cannot_be_written_are_told(monkeypatch, tmp_path):
+    damaged = tmp_path / "xla_rocm_plugin.so"
+    damaged.write_bytes(b"\x7fELF\x02\x01\x01")
+    with pytest.raises(UserError, match=f"damaged: {damaged}"):
+        standins.load(damaged, tmp_path)
+    monkeypatch.setattr(standins, "_exports", lambda plugin: {"libnot-here.so.1": []})
+    monkeypatch.setattr(elf, "read", lambda path: None)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        standins.write(damaged, tmp_path / "file" / "cache")
+
+
 def test_no_plugin_is_an_error_with_the_command(monkeypatch, tmp_path):
     monkeypatch.setenv(plugin.VARIABLE, str(tmp_path))
     with pytest.raises(UserError, match=f"pip install --no-deps --target {tmp_path} jax-rocm7"):
         plugin.find()
+
+
+def test_a_folder_with_a_space_is_quoted_and_a_tilde_is_home(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="--target 'my plugin' jax-rocm7"):
+        plugin.find(Path("my plugin"))
+    library = tmp_path / "rocm plugin" / "jax_plugins" / "xla_rocm7" / "xla_rocm_plugin.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(plugin.VARIABLE, "~/rocm plugin")
+    assert plugin.find() == library
 
 
 def test_a_plugin_for_another_jax_is_an_error(tmp_path):

@@ -6,13 +6,17 @@ import jax.numpy as jnp
 from mud_puppy.kernels import pallas as pl
 
 
-def product(size: int = 512, block: int = 32, name: str = "product"):
-    """a @ b in tiles, float32 out: the least kernel with a matrix instruction and a loop."""
+def product(size: int = 512, block: int = 32, name: str = "product", along_k: bool = True):
+    """a @ b.T in tiles, float32 out: the least kernel with a matrix instruction and a loop.
+
+    Not `along_k`: a @ b, whose b is gathered two bytes at a time, against its order in memory.
+    """
 
     def kernel(a, b, out):
         def step(i, total):
             at = pl.ds(i * block, block)
-            return total + pl.dot(pl.load(a.at[:, at]), pl.load(b.at[at, :]))
+            right = pl.load(b.at[:, at] if along_k else b.at[at, :])
+            return total + pl.dot(pl.load(a.at[:, at]), right, trans_b=along_k)
 
         zero = jnp.zeros((block, block), jnp.float32)
         pl.store(out, jax.lax.fori_loop(0, size // block, step, zero))
@@ -22,7 +26,9 @@ def product(size: int = 512, block: int = 32, name: str = "product"):
         grid=(size // block, size // block),
         in_specs=[
             pl.BlockSpec((block, size), lambda i, j: (i, 0)),
-            pl.BlockSpec((size, block), lambda i, j: (0, j)),
+            pl.BlockSpec((block, size), lambda i, j: (j, 0))
+            if along_k
+            else pl.BlockSpec((size, block), lambda i, j: (0, j)),
         ],
         out_specs=pl.BlockSpec((block, block), lambda i, j: (i, j)),
         out_shape=jax.ShapeDtypeStruct((size, size), jnp.float32),

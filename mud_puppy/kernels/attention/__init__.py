@@ -5,10 +5,13 @@ implementation declines with a reason, the next one runs, and the log says so on
 A forced implementation that cannot serve the call raises ValueError.
 """
 
+import operator
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mud_puppy.kernels.arguments import INTEGERS, check_array, check_static
 from mud_puppy.kernels.attention import cudnn, flash, reference, xla
 from mud_puppy.kernels.attention.decode import decode_attention
 from mud_puppy.kernels.attention.dropout import seed_of
@@ -59,6 +62,9 @@ def flash_attention(
     """
     if kv_segment_ids is None:
         kv_segment_ids = segment_ids
+    check_static(
+        "attention", causal=causal, window=window, scale=scale, softcap=softcap, dropout=dropout
+    )
     _check(q, k, v, causal, window, segment_ids, kv_segment_ids)
     _check_extras(q, k, softcap, sinks, bias, dropout, dropout_seed)
     if window is not None and window >= k.shape[1]:
@@ -67,25 +73,33 @@ def flash_attention(
     options = Options(causal, window, factor, softcap, dropout)
     extras = {"sinks": sinks, "bias": bias, "seed": seed_of(dropout_seed) if dropout else None}
     name = choose(implementation, q, k, v, segment_ids, kv_segment_ids, options, extras, return_lse)
+    if not (q.size and k.size and v.size):
+        name = "reference"  # no queries or no keys: there is nothing for blocks to cover
     attend = {"xla": xla, "pallas": flash, "cudnn": cudnn, "reference": reference}[name].attention
     out, lse = attend(q, k, v, segment_ids, kv_segment_ids, options=options, **extras)
     return (out, lse) if return_lse else out
 
 
 def _check(
-    q: Any, k: Any, v: Any, causal: bool, window: int | None, q_segments: Any, k_segments: Any
+    q: Any, k: Any, v: Any, causal: bool, window: Any, q_segments: Any, k_segments: Any
 ) -> None:
+    for name, x, axes in (("q", q, "B T H D"), ("k", k, "B S K D"), ("v", v, "B S K Dv")):
+        check_array("attention", name, x, axes)
+    for name, x, axes in (("", q_segments, "B T"), ("kv_", k_segments, "B S")):
+        if x is not None:
+            check_array("attention", f"{name}segment_ids", x, axes, (*INTEGERS, jnp.bool_))
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
-    if k.shape[:3] != v.shape[:3] or k.shape[0] != B or k.shape[3] != D or H % K:
+    fits = k.shape[:3] == v.shape[:3] and k.shape[0] == B and k.shape[3] == D
+    if not fits or not K or not D or H % K:
         raise ValueError(
             f"attention needs q [B, T, H, D], k [B, S, K, D] and v [B, S, K, Dv] with K dividing "
             f"H; got q {q.shape}, k {k.shape}, v {v.shape}"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention needs one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}")
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"a window needs causal attention and at least 1 key; got {window}")
+    if window is not None and (not _whole(window) or window < 1 or not causal):
+        raise ValueError(f"a window needs causal attention and at least 1 key; got {window!r}")
     if (q_segments is None) != (k_segments is None):
         raise ValueError("kv_segment_ids came without segment_ids")
     if q_segments is not None and (q_segments.shape, k_segments.shape) != ((B, T), (B, S)):
@@ -101,9 +115,12 @@ def _check_extras(
     B, T, H, _ = q.shape
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive; got {softcap}")
-    if sinks is not None and sinks.shape != (H,):
-        raise ValueError(f"expected sinks {(H,)}, one for each query head; got {sinks.shape}")
+    if sinks is not None:
+        check_array("attention", "sinks", sinks, "H")
+        if sinks.shape != (H,):
+            raise ValueError(f"expected sinks {(H,)}, one for each query head; got {sinks.shape}")
     if bias is not None:
+        check_array("attention", "bias", bias, "B|1 H|1 T S")
         b, h, *rest = bias.shape
         if b not in (1, B) or h not in (1, H) or rest != [T, k.shape[1]]:
             raise ValueError(
@@ -113,3 +130,11 @@ def _check_extras(
         raise ValueError(f"dropout is a probability below 1; got {dropout}")
     if dropout and seed is None:
         raise ValueError("dropout needs a dropout_seed: an integer, another one each step")
+
+
+def _whole(number: Any) -> bool:
+    try:
+        operator.index(number)
+    except TypeError:
+        return False
+    return True

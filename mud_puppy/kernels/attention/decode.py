@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from mud_puppy.kernels import choice, selfcheck, target
+from mud_puppy.kernels.arguments import FLOATS, INTEGERS, check_array, check_static
 from mud_puppy.kernels.attention import decode_pallas, decode_reference, decode_xla
 from mud_puppy.kernels.attention.decode_pallas import Cache
 
@@ -53,12 +54,17 @@ def decode_attention(
     `implementation` that cannot serve the call.
     """
     cache = Cache(k, v, k_scales, v_scales, page_table, layer)
+    check_static("decode_attention", window=window, scale=scale, softcap=softcap)
     _check(q, cache, positions)
+    _check_options(q, window, softcap, sinks)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options: dict[str, Any] = dict(window=window, scale=factor, softcap=softcap)
     name = _choose(implementation, q, cache)
-    if name == "pallas":
-        found: Any = _flash(q, cache, positions, sinks, tuple(options.items()))
+    if not q.size:  # no rows: nothing for a kernel to do
+        out = jnp.zeros((*q.shape[:3], v.shape[-1]), q.dtype)
+        found: Any = out, jnp.zeros(q.shape[:3], jnp.float32)
+    elif name == "pallas":
+        found = _flash(q, cache, positions, sinks, tuple(options.items()))
     else:
         module = decode_xla if name == "xla" else decode_reference
         found = _plain(module.attention, q, cache, positions, sinks, options)
@@ -145,13 +151,17 @@ def _case(dtype: Any, D: int, codes: bool) -> tuple[float, float]:
 
 
 def _check(q: Any, cache: Cache, positions: Any) -> None:
+    layers = "" if cache.layer is None else "layers "
+    axes = layers + ("B S K D" if cache.page_table is None else "P page K D")
+    check_array("decode_attention", "q", q, "B T H D")
+    for name, x in (("k", cache.k), ("v", cache.v)):
+        check_array("decode_attention", name, x, axes, (*FLOATS, jnp.int8))
+    check_array("decode_attention", "positions", positions, "B T", INTEGERS)
     B, T, H, D = q.shape
-    lead = () if cache.layer is None else cache.k.shape[:1]
-    ndim = 4 + len(lead)
-    K = cache.k.shape[-2]
-    rows = cache.k.shape[len(lead)] if cache.page_table is not None else B
-    fits = cache.k.ndim == ndim and cache.k.shape[-1] == D and H % K == 0
-    if not fits or cache.v.shape[:-1] != cache.k.shape[:-1] or cache.k.shape[len(lead)] != rows:
+    lead = len(axes.split()) - 4
+    rows, S, K, _ = cache.k.shape[lead:]
+    fits = cache.k.shape[-1] == D and cache.v.shape[:-1] == cache.k.shape[:-1]
+    if not fits or not (S and K and D) or H % K or (cache.page_table is None and rows != B):
         raise ValueError(
             f"decode needs q [B, T, H, D] and k, v [B, S, K, D] (or pages [P, page, K, D], and "
             f"layers in front with `layer`) with K dividing H; got q {q.shape}, k {cache.k.shape}, "
@@ -159,8 +169,29 @@ def _check(q: Any, cache: Cache, positions: Any) -> None:
         )
     if positions.shape != (B, T):
         raise ValueError(f"expected positions {(B, T)}, got {positions.shape}")
+    if cache.page_table is not None:
+        check_array("decode_attention", "page_table", cache.page_table, "B n", INTEGERS)
+        if len(cache.page_table) != B or not cache.page_table.size:
+            raise ValueError(f"expected a page_table [{B}, n], got {cache.page_table.shape}")
+    if cache.layer is not None:
+        number = isinstance(cache.layer, int)
+        if jnp.ndim(cache.layer) or (number and not 0 <= cache.layer < cache.k.shape[0]):
+            raise ValueError(
+                f"expected `layer` to be one integer below {cache.k.shape[0]}, got {cache.layer}"
+            )
     for name, x, scales in (("k", cache.k, cache.k_scales), ("v", cache.v, cache.v_scales)):
         if (x.dtype == jnp.int8) != (scales is not None):
             raise ValueError(f"{name} is {x.dtype}, and int8 codes, no others, have {name}_scales")
         if scales is not None and scales.shape != x.shape[:-1]:
             raise ValueError(f"expected {name}_scales {x.shape[:-1]}, got {scales.shape}")
+
+
+def _check_options(q: Any, window: Any, softcap: Any, sinks: Any) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"a window holds at least 1 slot; got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive; got {softcap}")
+    if sinks is not None:
+        check_array("decode_attention", "sinks", sinks, "H")
+        if sinks.shape != q.shape[2:3]:
+            raise ValueError(f"expected sinks {q.shape[2:3]}, one a query head; got {sinks.shape}")

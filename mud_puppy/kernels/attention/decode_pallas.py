@@ -84,7 +84,7 @@ def declines(q: Any, cache: Cache) -> str | None:
         return f"pages of {page} are no power of two from 16"
     if cache.slots < 16:
         return f"a cache of {cache.slots} is shorter than a block"
-    return choice.split_over_mesh()
+    return pl.too_long(cache.k, cache.v) or choice.split_over_mesh(q, cache)
 
 
 def attention(
@@ -130,9 +130,10 @@ def _plan(q: Any, cache: Cache, window: Any, scale: float, softcap: Any, tiles: 
 def _splits(plan: Plan, q: Any, cache: Cache, at: Any) -> tuple[Any, Any, Any]:
     """float32 sums [B, K, splits, rows, D], and [B, K, splits, rows]: maximum (base 2), total."""
     B, K, rows, _ = q.shape
+    pages = None if cache.page_table is None else cache.page_table.astype(jnp.int32)
     inputs = {
         "q": q, "k": cache.k, "v": cache.v, "at": at, "blocks": _blocks(plan, at),
-        "k_scales": cache.k_scales, "v_scales": cache.v_scales, "pages": cache.page_table,
+        "k_scales": cache.k_scales, "v_scales": cache.v_scales, "pages": pages,
         "layer": None if cache.layer is None else jnp.reshape(cache.layer, (1,)).astype(jnp.int32),
     }  # fmt: skip
     inputs = {name: x for name, x in inputs.items() if x is not None}

@@ -24,6 +24,8 @@ def attention(
     top = jnp.maximum(x.max(-1, keepdims=True), jnp.finfo(dtype).min)
     e = jnp.exp(x - top)
     total = e.sum(-1, keepdims=True)
-    p = (e / jnp.where(total == 0, 1, total))[..., : k.shape[1]].reshape(*grouped.shape[:4], -1)
+    whole = jnp.where(total == 0, 1, total)
+    p = (e / whole)[..., : k.shape[1]].reshape(*grouped.shape[:4], -1)
     out = jnp.einsum("btkgs,bskd->btkgd", p, v.astype(dtype), precision="highest")
-    return out.reshape(B, T, H, -1).astype(q.dtype), (top + jnp.log(total))[..., 0]
+    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(whole))
+    return out.reshape(B, T, H, -1).astype(q.dtype), lse[..., 0]

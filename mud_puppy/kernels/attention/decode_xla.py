@@ -44,9 +44,10 @@ def _attend(
     if window is not None:
         seen &= slot > at - window
     seen = seen[:, None, None]
-    # Not -inf: a row that is switched off by position -1 must stay finite.
-    low = jnp.finfo(f32).min
-    top = jnp.where(seen, x, low).max(-1, keepdims=True)
+    # Not -inf: a row that is switched off by position -1 must stay finite. Hidden before exp, for
+    # an infinite power's gradient would be NaN however it is hidden after.
+    x = jnp.where(seen, x, jnp.finfo(f32).min)
+    top = x.max(-1, keepdims=True)
     if sinks is not None:
         sink = sinks.astype(f32).reshape(k.shape[2], -1, 1, 1)
         top = jnp.maximum(top, sink)
@@ -54,9 +55,10 @@ def _attend(
     total = e.sum(-1, keepdims=True)
     if sinks is not None:
         total += jnp.exp(sink - top)
-    p = (e / jnp.where(total == 0, 1, total)).astype(q.dtype)
+    whole = jnp.where(total == 0, 1, total)
+    p = (e / whole).astype(q.dtype)
     out = dot("bkgts,bskd->btkgd", p, v.astype(q.dtype))
-    lse = (top + jnp.log(total))[..., 0]  # [B, K, G, T]
+    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(whole))[..., 0]  # [B, K, G, T]
     return out.astype(q.dtype).reshape(B, T, H, -1), jnp.moveaxis(lse, 3, 1).reshape(B, T, H)
 
 

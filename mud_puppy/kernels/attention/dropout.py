@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 BITS = 24  # of the hash are compared with the rate
 
@@ -37,4 +38,12 @@ def _mix(x: Any) -> Any:
 
 def seed_of(seed: Any) -> jax.Array:
     """An integer or integer array of one element as uint32 []."""
-    return jnp.asarray(seed).reshape(()).astype(jnp.uint32)
+    if isinstance(seed, int):
+        seed = np.uint32(seed & 0xFFFFFFFF)
+    seed = jnp.asarray(seed)
+    if not jnp.issubdtype(seed.dtype, jnp.integer) or seed.size != 1:
+        raise ValueError(
+            f"attention: dropout_seed must be one integer, got {seed.dtype}{list(seed.shape)}: "
+            "jax.random.bits(key) makes one of a key"
+        )
+    return seed.reshape(()).astype(jnp.uint32)

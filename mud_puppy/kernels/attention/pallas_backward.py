@@ -15,7 +15,7 @@ from mud_puppy.kernels import pallas as pl
 from mud_puppy.kernels.attention import tile
 from mud_puppy.kernels.attention.pallas_forward import place
 from mud_puppy.kernels.attention.plan import Plan
-from mud_puppy.kernels.attention.tile import Block, Tile
+from mud_puppy.kernels.attention.tile import Block, Hidden, Tile
 
 
 def d_queries(plan: Plan, inputs: dict[str, Any]) -> tuple[Any, Any]:
@@ -53,17 +53,21 @@ def _queries_program(plan: Plan, refs: dict, dq_ref: Any, row_ref: Any) -> None:
     bounds = tile.ranges(plan, refs, b, i)
     rows, kv_head = plan.q_block, tile.kv_head(refs, h)
     start = i * rows
+    columns = min(plan.row_columns, (width := refs["out"].shape[-1]) & -width)
+    row = _row_by_columns(refs, b, h, start, rows, columns) if columns else None
     own = tile.Operand(plan, refs, b, start, rows, h, keep=("q", "d_out"))
     at = b, h, pl.ds(start, rows)
-    lse, row = pl.load(refs["lse"].at[at]), -pl.load(refs["d_lse"].at[at])
-    for x, y in zip(own.read("d_out"), own.read("out"), strict=True):
-        row += (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(1)
+    lse = pl.load(refs["lse"].at[at])
+    if row is None:
+        row = -pl.load(refs["d_lse"].at[at])
+        for x, y in zip(own.read("d_out"), own.read("out"), strict=True):
+            row += (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(1)
     pl.store(row_ref.at[at], row)
     scores = Tile(plan, refs, b, h, i=i)
 
-    def step(j: Any, sums: tuple, masked: bool) -> tuple:
+    def step(j: Any, sums: tuple, hidden: Hidden) -> tuple:
         other = tile.Operand(plan, refs, b, j * plan.k_block, plan.k_block, kv_head)
-        block = scores.block(i, j, masked)
+        block = scores.block(i, j, hidden)
         products = own.products("q", other, "k"), own.products("d_out", other, "v")
         d_x = _d_scores(block, *products, lse, row)[1]
         return tile.accumulate(sums, d_x, other.summed("k"), plan.transposed)
@@ -73,14 +77,28 @@ def _queries_program(plan: Plan, refs: dict, dq_ref: Any, row_ref: Any) -> None:
     tile.write(dq_ref, b, start, rows, h, tuple(x * plan.options.scale for x in sums))
 
 
+def _row_by_columns(refs: dict, b: Any, h: Any, start: Any, size: int, columns: int) -> Any:
+    """sum(d_out * out) - d_lse, [size]. Both heads whole can take more registers than all that
+    follows, and then fewer programs share a multiprocessor."""
+    rows = pl.ds(start, size)
+
+    def part(c: Any, row: Any) -> Any:
+        at = b, rows, h, pl.ds(c * columns, columns)
+        x, y = (pl.load(refs[name].at[at]).astype(jnp.float32) for name in ("d_out", "out"))
+        return row + (x * y).sum(1)
+
+    turns = refs["out"].shape[-1] // columns
+    return jax.lax.fori_loop(0, turns, part, -pl.load(refs["d_lse"].at[b, h, rows]))
+
+
 def d_keys_values(
     plan: Plan, inputs: dict[str, Any], wanted: tuple[str, ...] = ("k", "v")
 ) -> tuple[Any, ...]:
     """(d_k, d_v) like k and v, or the one that is wanted.
 
-    inputs: as for `d_queries` with row for out and d_lse, and ranges [B, k_blocks, 4] of query
-    blocks; if plan.transposed, q_t [B, H, D, T] and d_out_t [B, H, Dv, T] for k_t; if plan.chunk
-    divides them, k_chunks and v_chunks.
+    inputs: as for `d_queries` with row for out and d_lse, and plan.SEGMENTS [B, k_blocks]; if
+    plan.transposed, q_t [B, H, D, T] and d_out_t [B, H, Dv, T] for k_t; if plan.chunk divides them,
+    k_chunks and v_chunks.
     """
     B, _, K, _ = inputs["k"].shape
     names = tuple(inputs)
@@ -114,12 +132,12 @@ def _keys_program(plan: Plan, refs: dict, outputs: dict) -> None:
         h = kv_head * group + g
         scores = Tile(plan, refs, b, h, j=j)
 
-        def step(i: Any, sums: dict, masked: bool) -> dict:
+        def step(i: Any, sums: dict, hidden: Hidden) -> dict:
             sums = dict(sums)
             at = b, i * plan.q_block, plan.q_block, h
             other = tile.Operand(plan, refs, *at)
             lse, row = (pl.load(refs[name].at[b, h, pl.ds(*at[1:3])]) for name in ("lse", "row"))
-            block = scores.block(i, j, masked)
+            block = scores.block(i, j, hidden)
             products = own.products("k", other, "q")
             d_p = own.products("v", other, "d_out") if "k" in sums else None
             p, d_x = _d_scores(block, products, d_p, lse, row)
@@ -179,7 +197,7 @@ def _bias_program(plan: Plan, refs: dict, out_ref: Any) -> None:
         at = b, j * plan.k_block, plan.k_block, tile.kv_head(refs, h)
         k, v = tile.heads(refs["k"], *at), tile.heads(refs["v"], *at)
         lse, row = (pl.load(refs[name].at[b, h, rows]) for name in ("lse", "row"))
-        block = Tile(plan, refs, b, h, i=i).block(i, j, masked=True)
+        block = Tile(plan, refs, b, h, i=i).block(i, j, Hidden(True, "q_ids" in refs))
         products = tile.products(q, k), tile.products(d_out, v)
         return total + _d_scores(block, *products, lse, row, capped=True)[1]
 
@@ -197,7 +215,7 @@ def _d_scores(
     `capped`: of the scores after softcap, where bias is added.
     """
     x, slope = block.scores(products)
-    p = pl.exp2(x * block.tile.factor - block.tile.along_queries(lse))
+    p = tile.power(x, block.tile.factor, block.tile.along_queries(lse))
     weights, rate = p, block.tile.plan.options.dropout
     if rate:
         kept = block.kept()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mud_puppy.kernels import pallas as pl
 from mud_puppy.kernels.attention import tile
 from mud_puppy.kernels.attention.plan import Plan
-from mud_puppy.kernels.attention.tile import LOG2E, LOWEST, Tile
+from mud_puppy.kernels.attention.tile import LOG2E, LOWEST, Hidden, Tile
 
 
 def forward(plan: Plan, inputs: dict[str, Any]) -> tuple[Any, Any]:
@@ -21,7 +21,7 @@ def forward(plan: Plan, inputs: dict[str, Any]) -> tuple[Any, Any]:
     inputs: q [B, T, H, D], k [B, S, K, D], v [B, S, K, Dv] or, if plan.transposed, v_t [B, K, Dv,
     S]; if plan.chunk divides D, q_chunks [1] int32, D / chunk;
     and where the call has them sinks [H], bias [B|1, H|1, T, S], seed [1] uint32, q_ids [B, T],
-    k_ids [B, S] and ranges [B, q_blocks, 4].
+    k_ids [B, S] and plan.SEGMENTS [B, q_blocks].
     """
     q = inputs["q"]
     B, T, H, _ = q.shape
@@ -55,13 +55,13 @@ def _program(plan: Plan, refs: dict, out_ref: Any, lse_ref: Any) -> None:
     own = tile.Operand(plan, refs, b, start, rows, h, keep=("q",))
     scores = Tile(plan, refs, b, h, i=i)
 
-    def step(j: Any, carry: Any, masked: bool) -> Any:
+    def step(j: Any, carry: Any, hidden: Hidden) -> Any:
         sums, top, total = carry
         other = tile.Operand(plan, refs, b, j * plan.k_block, plan.k_block, kv_head)
-        block = scores.block(i, j, masked)
+        block = scores.block(i, j, hidden)
         x, _ = block.scores(own.products("q", other, "k"))
         new_top = jnp.maximum(top, x.max(1) * scores.factor)
-        p = pl.exp2(x * scores.factor - new_top[:, None])
+        p = tile.power(x, scores.factor, new_top[:, None])
         keep = pl.exp2(top - new_top)
         total = total * keep + p.sum(1)
         if plan.options.dropout:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LOWEST = -1e30  # a bias below it hides its key
+SEGMENTS = ("first", "end", "same_first", "same_end", "same")
 MOST_PAIRS = 2**20  # of blocks that a table of segments is made from at once
 
 
@@ -34,8 +36,9 @@ class Plan:
     heads_first: neighbouring programs are heads of one block, else blocks of one head.
     transposed: the second factor of a product that sums over tokens is read from a transposed copy
     [B, H, D, T], as RDNA's matrix instructions want runs along what they sum. chunk: columns of a
-    head that a product reads at a time, at most; 0 for all (see tile.Operand). one_loop: mask every
-    block, in one loop: where there are few, filling a second loop's pipeline costs more.
+    head that a product reads at a time, at most; 0 for all (see tile.Operand). one_loop: blocks of
+    which something is hidden share the loop of the others, behind a branch: no second pipeline to
+    fill. row_columns: columns at a time of the sum that d_queries makes first; 0 for all.
     """
 
     options: Options
@@ -49,6 +52,7 @@ class Plan:
     transposed: bool = False
     chunk: int = 0
     one_loop: bool = False
+    row_columns: int = 0
 
     @property
     def shift(self) -> int:
@@ -136,55 +140,63 @@ def _clip(x: Any, low: Any, high: Any) -> Any:
     return _min(_max(x, low), high)
 
 
-def segment_ranges(plan: Plan, q_ids: Any, k_ids: Any, *, by_key: bool = False) -> Any:
-    """int32 [B, blocks, 4]: key ranges of each query block, or query ranges of each key block.
+def segment_ranges(plan: Plan, q_ids: Any, k_ids: Any, *, by_key: bool = False) -> dict[str, Any]:
+    """`SEGMENTS`, int32 [B, blocks] each: of the key blocks that a query block meets (by_key: of
+    the query blocks that a key block meets) the first and the end, and of those among them that
+    hold one and the same id, so that ids hide nothing, the first, the end and how many they are.
 
     For ids in any order: two blocks are skipped when their ids cannot meet (neither their spans nor
-    their sets modulo 32: padding, id 0 after the last, would widen a span), and need no mask when
-    both hold one and the same id. Work is quadratic in the number of blocks, memory linear. q_ids
-    is [B, q_blocks * q_block], k_ids alike, padded with their last id.
+    their sets modulo 32: padding, id 0 after the last, would widen a span). Work is quadratic in
+    the number of blocks, memory linear. q_ids is [B, q_blocks * q_block], k_ids alike, padded with
+    their last id.
     """
-    q, k = _spans(q_ids, plan.q_block), _spans(k_ids, plan.k_block)
+    least = min(plan.q_block, plan.k_block)
+    q, k = _spans(q_ids, plan.q_block, least), _spans(k_ids, plan.k_block, least)
     spans, others = (k, q) if by_key else (q, k)
     n, most = spans[0].shape[1], others[0].shape[1]
-    fixed = (plan.query_range if by_key else plan.key_range)(jnp.arange(n, dtype=jnp.int32))
-    rows = *(x.T for x in spans), *(jnp.broadcast_to(x, n) for x in fixed)
+    start, _, _, end = (plan.query_range if by_key else plan.key_range)(
+        jnp.arange(n, dtype=jnp.int32)
+    )
+    rows = *(x.T for x in spans), *(jnp.broadcast_to(x, n) for x in (start, end))
     table = partial(_ranges_of_block, others)
     # All at once while that is a few megabytes.
     at_once = max(1, MOST_PAIRS // most)
     found = jax.vmap(table)(rows) if n <= at_once else jax.lax.map(table, rows, batch_size=at_once)
-    return found.transpose(1, 0, 2)
+    return dict(zip(SEGMENTS, (x.T for x in found), strict=True))
 
 
 def _ranges_of_block(others: tuple, row: tuple) -> Any:
-    """int32 [B, 4] of a block with spans [B], among others with spans [B, n]."""
-    low, high, ids, *bounds = (jnp.expand_dims(x, -1) for x in row)
-    start, full_start, full_end, end = bounds
+    """`SEGMENTS`, [B] each, of a block with spans [B], among others with spans [B, n]. One
+    reduction, which XLA makes one kernel: what is left to do with the numbers is the reader's."""
+    low, high, ids, start, end = (jnp.expand_dims(x, -1) for x in row)
     other_low, other_high, other_ids = others
     most = other_low.shape[1]
     j = jnp.arange(most, dtype=jnp.int32)
     meets = (other_low <= high) & (other_high >= low) & (other_ids & ids != 0)
     meets &= (j >= start) & (j < end)
-    one = (low == high) & (other_low == other_high)
-    full = meets & one & (j >= full_start) & (j < full_end)
+    same = meets & (low == high) & (other_low == other_high)
+    first, last, none = np.int32(most), np.int32(0), np.int32(0)
 
     def ends(which: Any) -> tuple[Any, Any]:
-        return jnp.where(which, j, most).min(-1), jnp.where(which, j + 1, 0).max(-1)
+        return jnp.where(which, j, first), jnp.where(which, j + 1, last)
 
-    first, last = ends(meets)
-    full_first, full_last = ends(full)
-    # Full blocks with others between them, which only unordered ids have, are masked like those.
-    whole = (full_last - full_first == full.sum(-1)) & (full_last > full_first)
-    first = jnp.minimum(first, last)
-    full_first, full_last = jnp.where(whole, full_first, first), jnp.where(whole, full_last, first)
-    return jnp.stack([first, full_first, full_last, last], -1).astype(jnp.int32)
+    def merge(a: tuple, b: tuple) -> tuple:
+        ways = jnp.minimum, jnp.maximum, jnp.minimum, jnp.maximum, jnp.add
+        return tuple(f(x, y) for f, x, y in zip(ways, a, b, strict=True))
+
+    values = *ends(meets), *ends(same), same.astype(jnp.int32)
+    return jax.lax.reduce(values, (first, last, first, last, none), merge, (1,))
 
 
-def _spans(ids: Any, block: int) -> tuple[Any, Any, Any]:
-    """Lowest id, highest id and set of ids modulo 32, of each block: [B, blocks]."""
-    ids = ids.reshape(len(ids), -1, block)
+def _spans(ids: Any, block: int, least: int) -> tuple[Any, Any, Any]:
+    """Lowest id, highest id and set of ids modulo 32, of each block: [B, blocks]. By way of blocks
+    of `least`, so that keys and queries of one row share the reduction."""
+    ids = ids.reshape(len(ids), -1, least)
     bits = jnp.uint32(1) << (ids & 31).astype(jnp.uint32)
-    return ids.min(-1), ids.max(-1), jax.lax.reduce(bits, np.uint32(0), jax.lax.bitwise_or, (2,))
+    union = jax.lax.reduce(bits, np.uint32(0), jax.lax.bitwise_or, (2,))
+    ways = (ids.min(-1), jnp.minimum), (ids.max(-1), jnp.maximum), (union, jnp.bitwise_or)
+    turns = range(block // least)
+    return tuple(reduce(f, [x[:, n :: len(turns)] for n in turns]) for x, f in ways)  # pyright: ignore
 
 
 def pieces(size: int) -> list[tuple[int, int]]:

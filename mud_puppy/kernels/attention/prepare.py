@@ -67,8 +67,8 @@ def inputs_of(
             jnp.pad(x.astype(jnp.int32), ((0, 0), (0, n)), mode="edge")
             for x, n in ((extra["q_ids"], t), (extra["k_ids"], s))
         )
-        table = segment_ranges(plan, q_ids, k_ids, by_key=by_key)
-        given |= {"q_ids": q_ids, "k_ids": k_ids, "ranges": table}
+        given |= {"q_ids": q_ids, "k_ids": k_ids}
+        given |= segment_ranges(plan, q_ids, k_ids, by_key=by_key)
     return given
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mud_puppy.kernels.attention.dropout import kept
-from mud_puppy.kernels.attention.plan import Options
+from mud_puppy.kernels.attention.plan import LOWEST, Options
 
 
 def attention(
@@ -37,18 +37,21 @@ def attention(
     scores = scores * options.scale
     if options.softcap is not None:
         scores = options.softcap * jnp.tanh(scores / options.softcap)
+    seen = seen[:, None]
     if bias is not None:
-        scores = scores + bias.astype(dtype)
-    scores = jnp.where(seen[:, None], scores, -jnp.inf)
-    top = scores.max(-1, keepdims=True)
+        bias = bias.astype(dtype)
+        scores, seen = scores + bias, seen & (bias >= LOWEST)
+    scores = jnp.where(seen, scores, -jnp.inf)
+    top = scores.max(-1, keepdims=True, initial=-jnp.inf)
     if sinks is not None:
         sink = sinks.astype(dtype)[:, None, None]
         top = jnp.maximum(top, sink)
     top = jax.lax.stop_gradient(top)  # it only keeps the powers small
-    p = jnp.exp(scores - jnp.where(top == -jnp.inf, 0, top))
+    safe_top = jnp.where(top == -jnp.inf, 0, top)
+    p = jnp.exp(scores - safe_top)
     total = p.sum(-1, keepdims=True)
     if sinks is not None:
-        total = total + jnp.exp(sink - top)
+        total = total + jnp.exp(sink - safe_top)
     if options.dropout:
         at = jnp.ogrid[:B, :H, :T, :S]
         p = jnp.where(kept(options.dropout, seed, *at), p / (1 - options.dropout), 0)

@@ -29,7 +29,9 @@ def choose(
         "cudnn": lambda: cudnn.declines(
             q, k, v, q_segments, k_segments, options, extras, return_lse
         ),
-        "pallas": lambda: flash.declines(q, v) or fault(q, v),
+        "pallas": lambda: (
+            flash.declines(q, v) or choice.checked_by_shard_map(q, k, v) or fault(q, v)
+        ),
     }
     order = _order(q.dtype, packed=q_segments is not None)
     return choice.choose("attention", implementation, IMPLEMENTATIONS, declines, order)

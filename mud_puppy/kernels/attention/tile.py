@@ -6,16 +6,19 @@ where `queries` is axis 1.
 """
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mud_puppy.kernels import pallas as pl
+from mud_puppy.kernels import target
 from mud_puppy.kernels.attention import dropout
-from mud_puppy.kernels.attention.plan import Plan, pieces
+from mud_puppy.kernels.attention.plan import SEGMENTS, Plan, pieces
 
 LOG2E = math.log2(math.e)
 # The running maximum starts here and not at -inf, so that a row that has seen no key yet gives
@@ -44,15 +47,19 @@ class Tile:
         options = self.plan.options
         return options.softcap is None and "bias" not in self.refs and options.scale > 0
 
-    def block(self, i: Any, j: Any, masked: bool) -> "Block":
+    def block(self, i: Any, j: Any, hidden: "Hidden") -> "Block":
         """Read what the block needs beside its products. To be called before them: the reads then
         wait in the shadow of the matrix instructions."""
-        ids = dict(self.ids)
-        for name, at in (("q_ids", i), ("k_ids", j)):
-            if masked and name not in ids:
-                ids[name] = self._ids(name, at)
-        bias = self._bias(i, j) if "bias" in self.refs else None
-        return Block(self, i, j, masked, ids["q_ids"] if masked else None, ids.get("k_ids"), bias)
+        ids = self.both_ids(i, j) if hidden.by_id is True else None
+        return Block(self, i, j, hidden, ids, self._bias(i, j) if "bias" in self.refs else None)
+
+    def both_ids(self, i: Any, j: Any) -> tuple[Any, Any]:
+        """Those of the queries, those of the keys."""
+        q_ids, k_ids = (
+            self.ids[name] if name in self.ids else self._ids(name, at)
+            for name, at in (("q_ids", i), ("k_ids", j))
+        )
+        return q_ids, k_ids
 
     def _ids(self, name: str, at: Any) -> Any:
         if name not in self.refs:
@@ -76,15 +83,23 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """Whether positions, and whether ids, may hide some of a block: known when compiling, or else a
+    scalar, on which the kernel branches."""
+
+    by_position: Any
+    by_id: Any
+
+
+@dataclass(frozen=True)
 class Block:
     """One block of queries and keys of a `Tile`, with its ids and bias where it has them."""
 
     tile: Tile
     i: Any
     j: Any
-    masked: bool
-    q_ids: Any
-    k_ids: Any
+    hidden: "Hidden"
+    ids: tuple[Any, Any] | None
     bias: Any
 
     def scores(self, products: Any) -> tuple[Any, Any]:
@@ -98,20 +113,30 @@ class Block:
             x = x * (options.scale * LOG2E)
         if self.bias is not None:
             x = x + self.bias * LOG2E
-        if self.masked:
-            x = jnp.where(self._seen(), x, -math.inf)
-        return x, slope
+        return self._hide(x), slope
+
+    def _hide(self, x: Any) -> Any:
+        """x with -inf for what is not seen."""
+        tests = (self.hidden.by_position, self._seen), (self.hidden.by_id, self._same_id)
+        if found := [test() for hidden, test in tests if hidden is True]:
+            x = jnp.where(reduce(operator.and_, found), x, -math.inf)
+        for hidden, test in tests:
+            if not isinstance(hidden, bool):
+                hide = partial(lambda test, x: jnp.where(test(), x, -math.inf), test)
+                x = jax.lax.cond(hidden, hide, lambda x: x, x)
+        return x
+
+    def _seen(self) -> Any:
+        return self.tile.plan.seen(*self._positions())
+
+    def _same_id(self) -> Any:
+        q_ids, k_ids = self.ids or self.tile.both_ids(self.i, self.j)
+        return self.tile.along_queries(q_ids) == self.tile.along_keys(k_ids)
 
     def kept(self) -> Any:
         """Of dropout."""
         tile, (t, s) = self.tile, self._positions()
         return dropout.kept(tile.plan.options.dropout, tile.refs["seed"][0], tile.b, tile.h, t, s)
-
-    def _seen(self) -> Any:
-        seen = self.tile.plan.seen(*self._positions())
-        if self.q_ids is not None:
-            seen &= self.tile.along_queries(self.q_ids) == self.tile.along_keys(self.k_ids)
-        return seen
 
     def _positions(self) -> tuple[Any, Any]:
         plan = self.tile.plan
@@ -123,6 +148,14 @@ class Block:
 def _tanh(x: Any) -> Any:
     """Absolute error 1e-7; for large x the power is infinite and the quotient 0."""
     return 1 - 2 / (1 + pl.exp2(x * (2 * LOG2E)))
+
+
+def power(x: Any, factor: float, minus: Any) -> Any:
+    """2 ** (factor * x - minus). ptxas does not contract a product and a sum by itself; on AMD one
+    instruction instead of two changes the allocation of registers for the worse."""
+    if target.current().platform == "cuda":
+        return pl.exp2(pl.fma(x, factor, -minus))
+    return pl.exp2(x * factor - minus)
 
 
 def heads(ref: Any, b: Any, start: Any, size: int, h: Any) -> list:
@@ -218,22 +251,33 @@ def write(ref: Any, b: Any, start: Any, size: int, h: Any, tiles: tuple) -> None
 
 
 def over(plan: Plan, bounds: tuple, step: Callable, carry: Any) -> Any:
-    """carry = step(block, carry, masked) over a range of blocks, whose middle needs no mask.
+    """carry = step(block, carry, Hidden) over `ranges`.
 
-    The blocks before and after the middle are one loop: each loop starts its pipeline anew.
+    Without plan.one_loop the middle, where nothing is hidden, is a loop of its own; the blocks
+    before and after it are one: each loop starts its pipeline anew.
     """
-    low, full_low, full_high, high = bounds
+    low, full_low, full_high, high, same = bounds
     if plan.one_loop:
-        return _loop(low, high, lambda n, carry: step(n, carry, True), carry)
+
+        def either(n: Any, carry: Any) -> Any:
+            by_id = False if same is None else (n < same[0]) | (n >= same[1])
+            return step(n, carry, Hidden((n < full_low) | (n >= full_high), by_id))
+
+        return _loop(low, high, either, carry)
+    if same is not None:
+        full_low = jnp.clip(jnp.maximum(full_low, same[0]), low, high)
+        full_high = jnp.clip(jnp.minimum(full_high, same[1]), full_low, high)
     before = full_low - low
+    hidden = Hidden(True, same is not None)
 
-    def masked(n: Any, carry: Any) -> Any:
+    def rest(n: Any, carry: Any) -> Any:
         if isinstance(before, int) and before == 0:
-            return step(full_high + n, carry, True)
-        return step(jnp.where(n < before, low + n, full_high + n - before), carry, True)
+            return step(full_high + n, carry, hidden)
+        return step(jnp.where(n < before, low + n, full_high + n - before), carry, hidden)
 
-    carry = _loop(full_low, full_high, lambda n, carry: step(n, carry, False), carry)
-    return _loop(0, before + high - full_high, masked, carry)
+    shown = Hidden(False, False)
+    carry = _loop(full_low, full_high, lambda n, carry: step(n, carry, shown), carry)
+    return _loop(0, before + high - full_high, rest, carry)
 
 
 def _loop(start: Any, stop: Any, body: Callable, carry: Any) -> Any:
@@ -243,7 +287,12 @@ def _loop(start: Any, stop: Any, body: Callable, carry: Any) -> Any:
 
 
 def ranges(plan: Plan, refs: dict, b: Any, n: Any, *, by_key: bool = False) -> tuple:
-    """Bounds for `over`: from the table of segments, else by arithmetic."""
-    if "ranges" in refs:
-        return tuple(refs["ranges"][b, n, c] for c in range(4))
-    return (plan.query_range if by_key else plan.key_range)(n)
+    """(low, full_low, full_high, high, same) for `over`: blocks to visit, those of which positions
+    hide nothing, and (first, end) of those of which ids hide nothing, or None without ids."""
+    low, full_low, full_high, high = (plan.query_range if by_key else plan.key_range)(n)
+    if "first" not in refs:
+        return low, full_low, full_high, high, None
+    low, high, same_first, same_end, same = (refs[name][b, n] for name in SEGMENTS)
+    # With others between the same, which only unordered ids have, all are compared.
+    same_end = jnp.where(same_end - same_first == same, same_end, 0)
+    return jnp.minimum(low, high), full_low, full_high, high, (same_first, same_end)

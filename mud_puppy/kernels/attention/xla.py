@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from mud_puppy.kernels.attention.dropout import kept
-from mud_puppy.kernels.attention.plan import Options
+from mud_puppy.kernels.attention.plan import LOWEST, Options
 from mud_puppy.kernels.matmul import exact
 
 # Queries and keys a block at most: on 2 CPU cores 128 is 1.3x as fast as 256, 1.8x as 512 (float32,
@@ -88,8 +88,11 @@ def attention(
 
 def _with_sinks(out: Any, lse: Any, sinks: Any) -> tuple[Any, Any]:
     sinks = sinks.astype(lse.dtype)
-    share = jax.nn.sigmoid(lse - sinks)[..., None]
-    return (out * share).astype(out.dtype), jnp.logaddexp(lse, sinks)
+    # A sink may be -inf too: it counts for nothing.
+    empty = lse == -jnp.inf
+    seen = jnp.where(empty, 0, lse)
+    share = jnp.where(empty, 0, jax.nn.sigmoid(seen - sinks))[..., None]
+    return (out * share).astype(out.dtype), jnp.where(empty, sinks, jnp.logaddexp(seen, sinks))
 
 
 # Below, q is [B, K, G, T, D], out [B, K, G, T, Dv], k [B, K, S, D], v [B, K, S, Dv], lse [B, K, G,
@@ -178,8 +181,8 @@ def _scores(plan: _Plan, pair: Any, q: Any, k: Any, bias: Any, extra: tuple) -> 
         t = jnp.tanh(scores / plan.options.softcap)
         scores, slope = t * plan.options.softcap, 1 - t * t
     if bias is not None:
-        rows = _take(bias, i, plan.q_block, 3)
-        scores = scores + _take(rows, j, plan.k_block, 4).astype(scores.dtype)
+        tile = _take(_take(bias, i, plan.q_block, 3), j, plan.k_block, 4).astype(scores.dtype)
+        scores = jnp.where(tile < LOWEST, -jnp.inf, scores + tile)
     t, s = _positions(plan, pair)
     t = t + plan.S - plan.T
     seen = s < plan.S

@@ -16,11 +16,13 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from mud_puppy.kernels import choice, selfcheck, target
+from mud_puppy.kernels.arguments import INTEGERS, check_array, check_static
 from mud_puppy.kernels.cross_entropy import pallas, reference, xla
 from mud_puppy.kernels.cross_entropy.stats import Shape, Stats
-from mud_puppy.kernels.formats import Quantized, dequantize
+from mud_puppy.kernels.formats import Quantized, dequantize, sliced
 from mud_puppy.kernels.matmul import matmul
 
+OP = "cross-entropy"
 IMPLEMENTATIONS = ("pallas", "xla", "reference")
 
 
@@ -45,10 +47,21 @@ def linear_cross_entropy(
     "sum"; "mean" over the sum of the weights (over the tokens that count, without weights), 0 where
     that is 0. `softcap` c makes the logits c tanh(logits / c), as Gemma 2 has them.
 
-    Differentiable in hidden, head (a weight [V, D]) and weights.
+    Differentiable in hidden, head (a weight [V, D]) and weights. Raises ValueError for shapes that
+    do not fit and for options out of their range; a target that is no word of the head and not
+    `ignore_index` makes the loss NaN.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r} is none of 'mean', 'sum', 'none'")
+    check_static(OP, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss)
+    if not 0 <= label_smoothing <= 1 or not z_loss >= 0:
+        raise ValueError(
+            f"expected label_smoothing from 0 to 1 and z_loss from 0; got {label_smoothing} and "
+            f"{z_loss}"
+        )
+    _check(hidden, targets, softcap)
+    if weights is not None and weights.shape != targets.shape:
+        raise ValueError(f"expected weights {targets.shape} as the targets, got {weights.shape}")
     counts = targets != ignore_index
     known = jnp.where(counts, targets, 0)
     only_logp = not label_smoothing and not z_loss
@@ -80,12 +93,23 @@ def token_logps(
     """(log p(target), entropy of p in nats), float32 [B, T].
 
     p = softmax(logits / temperature), logits = hidden @ head.T, under `softcap` c
-    c tanh(logits / c). `head` is a weight [V, D]; targets are in [0, V). Both results are
-    differentiable in hidden and in head, and nothing is computed for the one that is not
-    differentiated.
+    c tanh(logits / c). `head` is a weight [V, D]; targets are in [0, V). A negative one, as -100,
+    is ignored: its log p is 0. One from V on makes it NaN. Both results are differentiable in
+    hidden and in head, and nothing is computed for the one that is not differentiated.
     """
+    check_static(OP, softcap=softcap, temperature=temperature)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive; got {temperature}")
+    _check(hidden, targets, softcap)
     stats = _stats(hidden, head, targets, Shape(softcap, float(temperature)), implementation)
-    return stats.logp, stats.entropy
+    return jnp.where(targets < 0, 0.0, stats.logp), stats.entropy
+
+
+def _check(hidden: Any, targets: Any, softcap: float | None) -> None:
+    check_array(OP, "hidden", hidden, "B T D")
+    check_array(OP, "targets", targets, "B T", INTEGERS)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive; got {softcap}")
 
 
 def _stats(
@@ -99,12 +123,37 @@ def _stats(
     B, T, D = hidden.shape
     if targets.shape != (B, T):
         raise ValueError(f"expected targets {(B, T)}, got {targets.shape}")
+    if _is_array(head):
+        check_array(OP, "head", head, "V D")
+    if (_is_array(head) or isinstance(head, Quantized)) and (
+        head.shape[1:] != (D,) or not D or not head.shape[0]
+    ):
+        raise ValueError(f"expected a head [V, {D}], got {head.shape}")
+    if not targets.size:
+        return Stats(*[jnp.zeros((B, T), jnp.float32)] * 4)
+    inside = (targets >= 0) & (targets < _words(hidden, head))
+    known = jnp.where(inside, targets, 0).astype(jnp.int32)
+    found = _inside(hidden, head, known, shape, implementation, keep)
+    # No word's log p: a wrong label must not pass for a loss.
+    return found._replace(logp=jnp.where(inside, found.logp, jnp.nan))
+
+
+def _words(hidden: Any, head: Any) -> int:
+    """V"""
+    if _is_array(head) or isinstance(head, Quantized):
+        return head.shape[0]
+    return jax.eval_shape(lambda x: matmul(x, head), hidden).shape[-1]
+
+
+def _inside(
+    hidden: Any, head: Any, targets: Any, shape: Shape, implementation: str | None, keep: bool
+) -> Stats:
+    """`_stats` of targets in [0, V)."""
     if not isinstance(head, Quantized) and not _is_array(head):
         if implementation not in (None, "xla"):
             raise ValueError(f"{implementation} cannot serve a head of type {type(head).__name__}")
         return xla.through_matmul(hidden, partial(matmul, w=head), targets, shape)
-    if head.shape[1:] != (D,):
-        raise ValueError(f"expected a head [V, {D}], got {head.shape}")
+    head = sliced(head) if isinstance(head, Quantized) else head
     name = _choose(implementation, hidden, head)
     if name == "reference":
         head = dequantize(head) if isinstance(head, Quantized) else head
@@ -120,7 +169,7 @@ def _is_array(head: Any) -> bool:
 def _choose(implementation: str | None, hidden: Any, head: Any) -> str:
     order = ("pallas",) if _wins(hidden, head) else ()
     declines = {"pallas": lambda: _declines(hidden, head)}
-    return choice.choose("cross-entropy", implementation, IMPLEMENTATIONS, declines, order)
+    return choice.choose(OP, implementation, IMPLEMENTATIONS, declines, order)
 
 
 def _wins(hidden: Any, head: Any) -> bool:

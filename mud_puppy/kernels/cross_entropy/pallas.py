@@ -40,7 +40,7 @@ def declines(x: Any, head: Any) -> str | None:
         return f"the width {x.shape[2]} is no multiple of 16"
     if x.shape[0] * x.shape[1] < 16 or len(head) < 16:
         return "fewer than 16 tokens or words"
-    return choice.split_over_mesh()
+    return choice.split_over_mesh(x, head)
 
 
 class Tiles(NamedTuple):

@@ -13,9 +13,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mud_puppy.kernels import choice, selfcheck, target
+from mud_puppy.kernels.arguments import INTEGERS, check_array
 from mud_puppy.kernels.formats import Quantized, dequantize, sliced
 from mud_puppy.kernels.grouped_matmul import pallas, reference, xla
 
+OP = "grouped_matmul"
 IMPLEMENTATIONS = ("pallas", "xla", "reference")
 
 
@@ -29,16 +31,27 @@ def grouped_matmul(
     """[M, out] in x's dtype: the first group_sizes[0] rows times w[0].T, the next w[1].T, ...
 
     w is [E, out, in], an array or `Quantized`; of a quantized one, one expert is decoded at a time.
-    Rows after the last group give 0. Sums are float32. Differentiable in x and in an array w; both
-    gradients are sums in a fixed order. Raises ValueError for shapes that do not fit and for an
-    `implementation` that cannot serve the call.
+    Rows after the last group give 0; what the sizes count beyond M is left out. Sums are float32.
+    Differentiable in x and in an array w; both gradients are sums in a fixed order. Raises
+    ValueError for shapes and dtypes that do not fit and for an `implementation` that cannot serve
+    the call.
     """
-    if w.ndim != 3 or w.shape[2] != x.shape[1] or group_sizes.shape != w.shape[:1]:
+    check_array(OP, "x", x, "M in")
+    check_array(OP, "group_sizes", group_sizes, "E", INTEGERS)
+    if not isinstance(w, Quantized):
+        check_array(OP, "w", w, "E out in")
+    if (
+        w.ndim != 3
+        or w.shape[2] != x.shape[1]
+        or group_sizes.shape != w.shape[:1]
+        or not w.shape[0]
+    ):
         raise ValueError(
             f"expected x [M, in], w [E, out, in], group_sizes [E]; got x {x.shape}, "
             f"w {tuple(w.shape)}, group_sizes {group_sizes.shape}"
         )
     w = sliced(w) if isinstance(w, Quantized) else w
+    group_sizes = _within(group_sizes, len(x))
     name = _choose(implementation, x, w)
     if name == "reference":
         w = dequantize(w, jnp.float32) if isinstance(w, Quantized) else w
@@ -46,10 +59,16 @@ def grouped_matmul(
     return _core(x, w, group_sizes, {"pallas": pallas, "xla": xla}[name])
 
 
+def _within(sizes: Any, M: int) -> Any:
+    """int32 sizes of what the groups have of M rows: a kernel would read past them."""
+    ends = jnp.minimum(jnp.cumsum(jnp.maximum(sizes.astype(jnp.int32), 0)), M)
+    return jnp.diff(ends, prepend=0)
+
+
 def _choose(implementation: str | None, x: Any, w: Any) -> str:
     order = ("pallas",) if _wins(x.dtype) else ()
     declines = {"pallas": lambda: _declines(x, w)}
-    return choice.choose("grouped_matmul", implementation, IMPLEMENTATIONS, declines, order)
+    return choice.choose(OP, implementation, IMPLEMENTATIONS, declines, order)
 
 
 def _wins(dtype: Any) -> bool:

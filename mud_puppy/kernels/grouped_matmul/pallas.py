@@ -40,9 +40,11 @@ def declines(x: Any, w: Any) -> str | None:
         return f"the weight is {w.dtype}"
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"dtype {x.dtype} is none of bfloat16, float16, float32"
+    if not len(x):
+        return "x has no rows"
     if w.shape[1] % 16 or w.shape[2] % 16:
         return f"a weight of {w.shape[1:]} is no multiple of 16"
-    return choice.split_over_mesh()
+    return choice.split_over_mesh(x, w)
 
 
 def grouped(x: Any, w: Any, sizes: Any, transpose: bool = False, tiles: Tiles | None = None) -> Any:

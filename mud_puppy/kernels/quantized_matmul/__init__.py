@@ -7,6 +7,7 @@ is kept between is the codes. Codes and scales get no gradient.
 """
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,14 +15,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mud_puppy.kernels import choice, selfcheck, target
+from mud_puppy.kernels.arguments import check_kind
 from mud_puppy.kernels.formats import Quantized, quantize
 from mud_puppy.kernels.matmul import matmul
+from mud_puppy.kernels.quantized_matmul import fragment, reference, tile, vector, xla
 from mud_puppy.kernels.quantized_matmul import plan as plans
-from mud_puppy.kernels.quantized_matmul import reference, tile, vector, xla
 
 __all__ = ["quantized_matmul"]
 
 IMPLEMENTATIONS = ("pallas", "xla", "reference")
+KERNELS = {"tile": tile, "vector": vector, "fragment": fragment}
 
 
 def quantized_matmul(
@@ -33,6 +36,14 @@ def quantized_matmul(
     fastest that can serve the call. Raises ValueError for shapes that do not fit, and for a named
     implementation that cannot serve the call.
     """
+    if not isinstance(w, Quantized):
+        raise ValueError(
+            f"quantized_matmul: expected a Quantized weight, got {type(w).__name__}: make one by "
+            "quantize(w), or use matmul"
+        )
+    if not x.ndim:
+        raise ValueError("quantized_matmul: expected x [..., in], got a scalar")
+    check_kind("quantized_matmul", "x", x)
     if len(w.shape) != 2 or w.shape[1] != x.shape[-1]:
         raise ValueError(f"expected a weight [out, {x.shape[-1]}], got {w.format} {w.shape}")
     rows: Any = x.reshape(-1, x.shape[-1])
@@ -46,7 +57,8 @@ def _(w: Quantized, x: Array) -> Array:
 
 
 def _choose(x: Any, w: Quantized, implementation: str | None) -> str:
-    few = target.current().platform in ("cuda", "rocm") and x.shape[0] <= plans.crossover()
+    on_gpu = target.current().platform in ("cuda", "rocm")
+    few = on_gpu and 0 < x.shape[0] <= plans.crossover()
     declines = {"pallas": lambda: _refusal(x, w)}
     order = ("pallas",) if few else ()
     return choice.choose("quantized_matmul", implementation, IMPLEMENTATIONS, declines, order)
@@ -54,38 +66,39 @@ def _choose(x: Any, w: Quantized, implementation: str | None) -> str:
 
 def _refusal(x: Any, w: Quantized) -> str | None:
     """Why the Pallas kernel cannot serve the call."""
-    if (split := choice.split_over_mesh()) is not None:
+    if (split := choice.split_over_mesh(x, w)) is not None:
         return split
     plan = plans.plan(x, w)
     if isinstance(plan, str):
         return plan
     parts = [name for name in ("zeros", "minimum", "nested") if getattr(w, name) is not None]
-    name = " ".join(["quantized_matmul", w.format, *parts, f"group {plan.span}"])
-    return selfcheck.fault(name, functools.partial(_case, w))
+    parts += [f"group {plan.span}", plan.kernel]
+    rows = {"vector": 1, "tile": 17}.get(plan.kernel, plan.x_rows)  # which this kernel serves
+    name = " ".join(["quantized_matmul", w.format, *parts, f"x{rows}"])
+    return selfcheck.fault(name, functools.partial(_case, w, rows))
 
 
-def _case(w: Quantized) -> tuple[float, float]:
+def _case(w: Quantized, rows: int) -> tuple[float, float]:
     """The kernel's largest error on a small product of this format, and what is allowed."""
     keys = jax.random.split(jax.random.key(0))
     size = max(512, 2 * w.group) if w.scales.shape[-1] > 1 else 512
-    xs = jax.random.normal(keys[0], (3, size), jnp.bfloat16)
+    x = jax.random.normal(keys[0], (rows, size), jnp.bfloat16)
     options: dict[str, Any] = {"zero_points": w.zeros is not None, "double": w.nested is not None}
     if w.scales.shape[-1] > 1:
         options["group"] = w.group
     q = quantize(jax.random.normal(keys[1], (128, size)), w.format, **options)
-    # Both kernels: three rows of x, and one.
-    pairs = [
-        [_run(x, q, i).astype(jnp.float32) for i in ("pallas", "reference")] for x in (xs, xs[:1])
-    ]
-    error = max(float(jnp.abs(got - want).max()) for got, want in pairs)
-    return error, 0.03 * float(jnp.abs(pairs[0][1]).max())
+    q = replace(q, scales=q.scales.astype(w.scales.dtype))
+    if w.minimum is not None:
+        q = replace(q, minimum=-8 * q.scales)
+    got, want = (_run(x, q, i).astype(jnp.float32) for i in ("pallas", "reference"))
+    return float(jnp.abs(got - want).max()), 0.03 * float(jnp.abs(want).max())
 
 
 def _run(x: Any, w: Quantized, implementation: str) -> Any:
     if implementation == "pallas":
         plan = plans.plan(x, w)
         assert not isinstance(plan, str), plan
-        return (vector if plan.vector else tile).product(plan, x, w)
+        return KERNELS[plan.kernel].product(plan, x, w)
     return (xla if implementation == "xla" else reference).product(x, w)
 
 

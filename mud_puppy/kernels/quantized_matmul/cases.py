@@ -10,6 +10,7 @@ from mud_puppy.kernels import formats
 from mud_puppy.kernels.quantized_matmul import plan as plans
 from mud_puppy.kernels.quantized_matmul import tile, vector
 
+KERNELS = {"tile": tile, "vector": vector}  # what AMD's plans name
 OUT, IN = 4096, 14336
 VARIANTS: dict[str, dict[str, Any]] = {
     "nf4": {"format": "nf4"},
@@ -41,4 +42,4 @@ def unit(
     x = jax.ShapeDtypeStruct((rows, IN), jnp.bfloat16)
     plan = plans.plan(x, q, tiles)
     assert not isinstance(plan, str), plan
-    return lambda x, q: (vector if plan.vector else tile).product(plan, x, q), (x, q)
+    return lambda x, q: KERNELS[plan.kernel].product(plan, x, q), (x, q)

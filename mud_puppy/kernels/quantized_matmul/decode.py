@@ -43,6 +43,25 @@ def planes(words: Any, format: str, dtype: Any, scales: Any, zeros: Any, minimum
     return [_rounded(_scaled(v.astype(jnp.float32), scales, zeros, minimum), dtype) for v in values]
 
 
+def table(format: str, dtype: Any, lane: Any) -> Any:
+    """What `planes` needs in shared memory, put there at the kernel's start; None where nothing.
+
+    `lane` is any int32 tile [warps, 32]; the int32 tile that is returned must reach the result.
+    """
+    if target.current().platform == "cuda" and format in TABLES:
+        return decode_cuda.table(format, jnp.dtype(dtype), lane)
+    return None
+
+
+def order(x: Any, format: str) -> Any:
+    """x[M, in] by planes: [per_word * M, words]."""
+    M, n = x.shape[0], per_word(format)
+    if target.current().platform == "cuda" and format in TABLES:
+        # There a plane has the two numbers of a byte, of every second pair of words' bytes.
+        return x.reshape(M, -1, n, 2).transpose(2, 0, 1, 3).reshape(n * M, -1)
+    return x.reshape(M, -1, n).transpose(2, 0, 1).reshape(n * M, -1)
+
+
 def floats(words: Any, format: str) -> list[Any]:
     """The planes of a 4-bit format without scale, float32; int4 around its zero point of 8."""
     if target.current().platform == "cuda":
@@ -59,13 +78,13 @@ def _values(words: Any, format: str) -> list[Any]:
     bits = words.astype(jnp.int32)
     if format in formats.PACKED:
         codes = [(bits >> shift) & 15 for shift in NIBBLES]
-        return [_look_up(c, TABLES[format]) if format in TABLES else c for c in codes]
+        return [look_up(c, TABLES[format]) if format in TABLES else c for c in codes]
     if format == "int8":
         return [(bits << (24 - shift)) >> 24 for shift in BYTES]
     return [_float8((bits >> shift) & 255, format) for shift in BYTES]
 
 
-def _look_up(codes: Any, table: Any) -> Any:
+def look_up(codes: Any, table: Any) -> Any:
     value = jnp.float32(table[0])
     for code in range(1, 16):
         value = jnp.where(codes == code, jnp.float32(table[code]), value)

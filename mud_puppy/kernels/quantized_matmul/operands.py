@@ -23,7 +23,7 @@ def inputs(plan: Plan, x: Any, w: Quantized) -> dict[str, Any]:
     *stack, N, size = w.codes.shape
     words = lax.bitcast_convert_type(w.codes.reshape(*stack, N, size // 2, 2), jnp.int16)
     out = {
-        "x": x.reshape(M, K // n, n).transpose(2, 0, 1).reshape(n * M, K // n),
+        "x": decode.order(x, w.format),
         "words": words.reshape(*stack, N, K // plan.span, plan.span // n),
         "scales": w.scales,
     }

@@ -26,7 +26,8 @@ class Plan:
     splits: int  # of a row over programs
     num_warps: int
     num_stages: int
-    vector: bool = False  # on the vector units, for a single row of x
+    kernel: str = "tile"  # or "vector", or "fragment": the module that runs it
+    segments: int = 1  # of a row at once, in the kernel `fragment`
 
 
 def plan(x: Any, w: Quantized, tiles: dict[str, int] | None = None) -> Plan | str:
@@ -40,6 +41,8 @@ def plan(x: Any, w: Quantized, tiles: dict[str, int] | None = None) -> Plan | st
         return f"x is {jnp.dtype(x.dtype).name}, not bfloat16 or float16"
     if x.dtype == jnp.float16 and w.format == "fp8_e5m2fnuz":
         return "float16 does not hold every fp8_e5m2fnuz"
+    if not M:
+        return "x has no rows"
     if N % 16:
         return f"{N} rows have no tile of 16 or more"
     offsets = w.zeros is not None or w.minimum is not None
@@ -48,6 +51,8 @@ def plan(x: Any, w: Quantized, tiles: dict[str, int] | None = None) -> Plan | st
     if span // decode.per_word(w.format) < 8:
         return f"groups of {w.group} are too short"
     shape = Shape(M, N, K // span, span, 1 if row_scales else w.group // span, row_scales)
+    if (found := _fragment(shape, w)) is not None:
+        return found
     if M == 1 and w.format in formats.PACKED and not offsets and shape.per_group == 1:
         found = _vector(shape, tiles or tuned.tiles(OP, f"{kind(w.format)} 1"))
         if found is not None:
@@ -65,6 +70,25 @@ class Shape:
     row_scales: bool
 
 
+def _fragment(shape: Shape, w: Quantized) -> Plan | None:
+    """For a few rows of x; None where the chip has no such kernel, or it is for other weights."""
+    served = w.format in ("nf4", "int4") and w.group == 64 and w.minimum is None
+    if not served or (w.nested is None and w.scales.dtype != jnp.float32):
+        return None
+    few = 1 << (shape.M - 1).bit_length()
+    try:
+        tiles = tuned.tiles(OP, f"{kind(w.format)} fragment {few}")
+    except KeyError:
+        return None
+    rows, spans = min(tiles["rows"], shape.N & -shape.N), tiles["spans"]
+    if shape.N // rows < tiles["programs"] and rows > 16:  # as much in flight in more programs
+        rows, spans = rows // 2, spans * 2
+    return Plan(
+        rows, tiles["x_rows"], shape.span, spans, 1, False, 1,
+        tiles["num_warps"], 1, "fragment", tiles["segments"],
+    )  # fmt: skip
+
+
 def _vector(shape: Shape, tiles: dict[str, int]) -> Plan | None:
     """For a single row of x; None where a row of the weight has no step of a useful size."""
     rows = min(tiles["rows"], shape.N & -shape.N)
@@ -72,7 +96,7 @@ def _vector(shape: Shape, tiles: dict[str, int]) -> Plan | None:
     if shape.span * spans < 128:
         return None
     warps, stages = tiles["num_warps"], tiles["num_stages"]
-    return Plan(rows, 1, shape.span, spans, 1, False, 1, warps, stages, vector=True)
+    return Plan(rows, 1, shape.span, spans, 1, False, 1, warps, stages, kernel="vector")
 
 
 def _matrix(shape: Shape, tiles: dict[str, int], w: Quantized) -> Plan | str:
@@ -98,7 +122,7 @@ def crossover() -> int:
 
 def kind(format: str) -> str:
     """The name under which the table keeps formats that decode alike."""
-    return {"nf4": "table", "mxfp4": "table"}.get(format, format.split("_")[0])
+    return format.split("_")[0]
 
 
 def _bucket(M: int) -> int:

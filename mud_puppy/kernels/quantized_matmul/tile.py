@@ -71,7 +71,11 @@ def _program(plan: Plan, format: str, refs: dict, out_ref: Any) -> None:
             sums += pl.dot(tile, load_x(e, columns), trans_b=True)
         return sums
 
-    sums = lax.fori_loop(0, steps, step, jnp.zeros((plan.rows, plan.x_rows), jnp.float32))
+    start = jnp.zeros((plan.rows, plan.x_rows), jnp.float32)
+    lane = lax.broadcasted_iota(jnp.int32, (plan.num_warps, 32), 1)
+    if (table := decode.table(format, x_ref.dtype, lane)) is not None:
+        start += (table.min() < 0).astype(jnp.float32)  # it is not, but so the table is kept
+    sums = lax.fori_loop(0, steps, step, start)
     if plan.row_scales:
         sums *= pl.load(refs["scales"].at[(*lead, rows, pl.ds(0, 1))]).astype(jnp.float32)
     y = sums.T.astype(out_ref.dtype)

@@ -322,6 +322,16 @@ def test_ranges_of_segments(make, by_key):
     assert make is shuffled or full > 0.5 * tiles.all((3, 4)).sum() > 0
 
 
+@pytest.mark.parametrize("by_key", [False, True])
+def test_table_of_segments_in_parts(by_key, monkeypatch):
+    plan, ids = Plan(Options(True, None, 1.0), 96, 96, 16, 8, 4, 1), segments(2, 96)
+    whole = segment_ranges(plan, ids, ids, by_key=by_key)
+    monkeypatch.setattr("mud_puppy.kernels.attention.plan.MOST_PAIRS", 24)
+    parts = segment_ranges(plan, ids, ids, by_key=by_key)
+    for name, x in whole.items():
+        np.testing.assert_array_equal(x, parts[name])
+
+
 def test_table_of_segments_is_linear():
     def temp_bytes(T):
         plan = Plan(Options(True, None, 1.0), T, T, 16, 16, 4, 1)

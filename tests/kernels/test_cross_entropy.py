@@ -183,12 +183,17 @@ def test_nothing_is_computed_for_what_is_not_differentiated():
 
 
 def test_batch_shards_stay_apart():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    devices = jax.devices("cpu")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     r = np.random.default_rng(0)
     hidden = jnp.asarray(r.normal(size=(8, T, D)), jnp.float32)
     targets = jnp.asarray(r.integers(0, V, (8, T)), jnp.int32)
     head = inputs()[1]
-    loss = jax.value_and_grad(lambda h, w, y: token_logps(h, w, y)[0].sum(), (0, 1))
+
+    def xla_logps(h, w, y):
+        return token_logps(h, w, y, implementation="xla")[0].sum()
+
+    loss = jax.value_and_grad(xla_logps, (0, 1))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     sharded = jax.device_put((hidden, targets), rows)
     f = compiled(
@@ -222,6 +227,7 @@ def test_blocks_are_of_what_one_device_holds(monkeypatch):
     monkeypatch.setattr(xla, "CHUNK_BYTES", 4 * 8 * 4 * 16)
     assert xla.choose_blocks(hidden, head) == (4, 16)
     assert xla.choose_blocks(hidden, head, slope=True) == (1, 64)
-    with jax.set_mesh(jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))):
+    devices = jax.devices("cpu")
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), (AxisType.Auto,), devices=devices)):
         assert xla.choose_blocks(hidden, head) == (32, 16)
         assert xla.choose_blocks(hidden, head, slope=True) == (8, 64)

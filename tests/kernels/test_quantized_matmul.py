@@ -108,7 +108,9 @@ def test_one_row_on_the_vector_units(case):
     for dtype in (BF16, F16):
         x, _ = inputs(1, w, dtype)
         plan = plans.plan(x, w)
-        assert not isinstance(plan, str) and plan.kernel == "vector"
+        # An H100 has a better kernel for most of them.
+        served = ("fragment", "vector") if target.current().platform == "cuda" else ("vector",)
+        assert not isinstance(plan, str) and plan.kernel in served
         check(w, 1, dtype, "pallas")
 
 
@@ -128,21 +130,43 @@ def by_fragments(w, rows, dtype, seed=0):
         return check(w, rows, dtype, "pallas", seed)
 
 
-@pytest.mark.parametrize("case", FRAGMENTS)
-@pytest.mark.parametrize("rows, dtype", [(1, BF16), (8, F16), (16, BF16)])
+@pytest.mark.parametrize(
+    "case, rows, dtype",
+    [
+        ("nf4", 1, BF16),
+        ("int4 zero points", 2, BF16),
+        ("nf4 double", 4, BF16),
+        ("int4", 8, F16),
+        ("nf4", 16, BF16),
+    ],
+)
 def test_few_rows_by_fragments(case, rows, dtype):
     by_fragments(weight(48, 512, **CASES[case]), rows, dtype)
 
 
-@settings(derandomize=True, deadline=None, max_examples=12)
+@settings(derandomize=True, deadline=None, max_examples=5)
 @given(st.data())
 def test_drawn_shapes_by_fragments(data):
     draw = data.draw
     w = weight(
-        16 * draw(st.integers(1, 5)), 256 * draw(st.integers(1, 4)),
+        16 * draw(st.integers(1, 4)), 64 * draw(st.integers(1, 9)),
         **CASES[draw(st.sampled_from(FRAGMENTS))], seed=draw(st.integers(0, 1000)),
     )  # fmt: skip
     by_fragments(w, draw(st.integers(1, 16)), BF16)
+
+
+@pytest.mark.parametrize("case", ["nf4 double", "int4 zero points"])
+def test_fragments_of_a_layer(case):
+    """The codes of one of a stack are read where they lie."""
+    layers = [weight(16, 128, seed=i, **CASES[case]) for i in range(2)]
+    stack = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    x = inputs(3, layers[0], BF16)[0]
+    with hopper():
+        got, other = (
+            quantized_matmul(x, replace(stack, layer=jnp.int32(i)), "pallas") for i in (1, 0)
+        )
+    close(got, quantized_matmul(x, layers[1], "reference"))
+    assert float(jnp.abs(got - other).max()) > 1
 
 
 def test_wrong_codes_are_seen_by_fragments():

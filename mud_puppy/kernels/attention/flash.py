@@ -151,11 +151,14 @@ class _Backward:
         return pallas_backward.d_keys_values(plan, given, ("v",))[0][:, : plan.S]
 
     def d_bias(self) -> Any:
-        plan = self._plan(self.tiles.d_queries)
+        # Its loop reads four operands, which more than one stage would hold several times.
+        plan = replace(self._plan(self.tiles.d_queries), num_stages=1)
         return pallas_backward.d_bias(plan, self._inputs(plan))[:, :, : plan.T, : plan.S]
 
     def _plan(self, tile: tuple) -> Plan:
-        return plan_of(self.options, tile, self.q.shape[1], self.k.shape[1])
+        plan = plan_of(self.options, tile, self.q.shape[1], self.k.shape[1])
+        fewer = self.extra["bias"] is not None and plan.num_stages > 2  # it takes room in each
+        return replace(plan, num_stages=plan.num_stages - 1) if fewer else plan
 
     def _by_key(self, plan: Plan, transposed: tuple, streamed: tuple) -> dict[str, Any]:
         given = self._inputs(plan, by_key=True)

@@ -6,7 +6,7 @@ nothing, those inside [full_low, full_high) see everything, so only the rest nee
 
 import operator
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import jax
@@ -154,23 +154,27 @@ def segment_ranges(plan: Plan, q_ids: Any, k_ids: Any, *, by_key: bool = False) 
     q, k = _spans(q_ids, plan.q_block, least), _spans(k_ids, plan.k_block, least)
     spans, others = (k, q) if by_key else (q, k)
     n, most = spans[0].shape[1], others[0].shape[1]
-    start, _, _, end = (plan.query_range if by_key else plan.key_range)(
-        jnp.arange(n, dtype=jnp.int32)
-    )
-    rows = *(x.T for x in spans), *(jnp.broadcast_to(x, n) for x in (start, end))
-    table = partial(_ranges_of_block, others)
-    # All at once while that is a few megabytes.
-    at_once = max(1, MOST_PAIRS // most)
-    found = jax.vmap(table)(rows) if n <= at_once else jax.lax.map(table, rows, batch_size=at_once)
-    return dict(zip(SEGMENTS, (x.T for x in found), strict=True))
+    fixed = (plan.query_range if by_key else plan.key_range)(jnp.arange(n, dtype=jnp.int32))
+    rows = *spans, *(jnp.broadcast_to(x, spans[0].shape) for x in (fixed[0], fixed[3]))
+    at_once = max(1, MOST_PAIRS // most)  # a few megabytes
+    if n <= at_once:
+        found = _ranges_of_blocks(others, rows)
+    else:
+
+        def column(row: tuple) -> tuple:
+            return tuple(x[:, 0] for x in _ranges_of_blocks(others, [x[:, None] for x in row]))
+
+        found = jax.lax.map(column, tuple(x.T for x in rows), batch_size=at_once)
+        found = [x.T for x in found]
+    return dict(zip(SEGMENTS, found, strict=True))
 
 
-def _ranges_of_block(others: tuple, row: tuple) -> Any:
-    """`SEGMENTS`, [B] each, of a block with spans [B], among others with spans [B, n]. One
-    reduction, which XLA makes one kernel: what is left to do with the numbers is the reader's."""
-    low, high, ids, start, end = (jnp.expand_dims(x, -1) for x in row)
-    other_low, other_high, other_ids = others
-    most = other_low.shape[1]
+def _ranges_of_blocks(others: tuple, rows: Any) -> Any:
+    """`SEGMENTS`, [B, m] each, of blocks with spans, start and end [B, m], among others with spans
+    [B, n]. One reduction, which XLA makes one kernel: what is left to do is the reader's."""
+    low, high, ids, start, end = (x[:, :, None] for x in rows)
+    other_low, other_high, other_ids = (x[:, None] for x in others)
+    most = other_low.shape[-1]
     j = jnp.arange(most, dtype=jnp.int32)
     meets = (other_low <= high) & (other_high >= low) & (other_ids & ids != 0)
     meets &= (j >= start) & (j < end)
@@ -185,7 +189,7 @@ def _ranges_of_block(others: tuple, row: tuple) -> Any:
         return tuple(f(x, y) for f, x, y in zip(ways, a, b, strict=True))
 
     values = *ends(meets), *ends(same), same.astype(jnp.int32)
-    return jax.lax.reduce(values, (first, last, first, last, none), merge, (1,))
+    return jax.lax.reduce(values, (first, last, first, last, none), merge, (2,))
 
 
 def _spans(ids: Any, block: int, least: int) -> tuple[Any, Any, Any]:

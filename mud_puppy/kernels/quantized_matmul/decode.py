@@ -1,7 +1,8 @@
 """Codes to numbers inside the kernel: a tile of 16-bit words becomes planes of x's dtype.
 
 A word holds `per_word` consecutive elements of a row, four codes of 4 bits or two of 8. Plane e has
-element e of every word: it is multiplied with x[:, e::per_word].
+element e of every word: it is multiplied with x[:, e::per_word]. (Where a chip decodes to other
+planes, `order` brings x to them.)
 NVIDIA's and AMD's instructions for it stand in `decode_cuda` and `decode_rocm`; here is the same in
 jax.numpy, which the interpreter runs, and AMD for the formats that need no table.
 """
@@ -57,7 +58,7 @@ def order(x: Any, format: str) -> Any:
     """x[M, in] by planes: [per_word * M, words]."""
     M, n = x.shape[0], per_word(format)
     if target.current().platform == "cuda" and format in TABLES:
-        # There a plane has the two numbers of a byte, of every second pair of words' bytes.
+        # There plane e has the two elements of byte e of every two words.
         return x.reshape(M, -1, n, 2).transpose(2, 0, 1, 3).reshape(n * M, -1)
     return x.reshape(M, -1, n).transpose(2, 0, 1).reshape(n * M, -1)
 

@@ -182,7 +182,9 @@ def _add(
         w = _values(words, format, z).reshape(warps, 8, 4, -1)
         for x in xs:
             numbers = _numbers(x, half).reshape(warps, 8, 4, -1)
-            y = jnp.einsum("wgtk,wntk->wgn", w, numbers).reshape(warps, LANES, 2)
+            y = jnp.einsum("wgtk,wntk->wgn", w, numbers, precision="highest").reshape(
+                warps, LANES, 2
+            )
             parts.append([y[..., i] * s for i in range(2)])
     # From row by row of the weight to the instruction's order.
     count = len(xs)

@@ -10,6 +10,7 @@ from mud_puppy.kernels.formats import Quantized
 from mud_puppy.kernels.quantized_matmul import decode
 
 OP = "quantized_matmul"
+WIDE = 8192  # rows of a weight from which on programs of many rows still fill the chip
 SPAN = 128  # the most elements that are decoded with one scale at a time
 
 
@@ -76,15 +77,14 @@ def _fragment(shape: Shape, w: Quantized) -> Plan | None:
     if not served or (w.nested is None and w.scales.dtype != jnp.float32):
         return None
     few = 1 << (shape.M - 1).bit_length()
+    key = f"{kind(w.format)} fragment {few} {'wide' if shape.N >= WIDE else 'narrow'}"
     try:
-        tiles = tuned.tiles(OP, f"{kind(w.format)} fragment {few}")
+        tiles = tuned.tiles(OP, key)
     except KeyError:
         return None
-    rows, spans = min(tiles["rows"], shape.N & -shape.N), tiles["spans"]
-    if shape.N // rows < tiles["programs"] and rows > 16:  # as much in flight in more programs
-        rows, spans = rows // 2, spans * 2
+    rows = min(tiles["rows"], shape.N & -shape.N)
     return Plan(
-        rows, tiles["x_rows"], shape.span, spans, 1, False, 1,
+        rows, tiles["x_rows"], shape.span, tiles["spans"], 1, False, 1,
         tiles["num_warps"], 1, "fragment", tiles["segments"],
     )  # fmt: skip
 

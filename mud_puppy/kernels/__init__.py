@@ -5,7 +5,8 @@ Imports nothing of ours. Arrays in, arrays out; bad shapes raise ValueError.
 
 from mud_puppy.kernels.attention import decode_attention, flash_attention
 from mud_puppy.kernels.cross_entropy import linear_cross_entropy, token_logps
-from mud_puppy.kernels.formats import Quantized, dequantize, quantize
+from mud_puppy.kernels.encode import quantize
+from mud_puppy.kernels.formats import Quantized, dequantize
 from mud_puppy.kernels.grouped_matmul import grouped_matmul
 from mud_puppy.kernels.integers import (
     quantize_per_channel,

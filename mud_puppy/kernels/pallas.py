@@ -80,7 +80,7 @@ def _undifferentiated(*args: Any) -> Any:
 
 @_undifferentiated.defjvp
 def _(primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(
+    raise ValueError(
         "a Pallas kernel has no second derivative: pass implementation='xla' (or 'reference') to "
         "the op whose gradient is differentiated again"
     )

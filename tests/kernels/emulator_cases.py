@@ -20,7 +20,8 @@ from mud_puppy.kernels import (
     grouped_matmul,
     linear_cross_entropy,
 )
-from mud_puppy.kernels.formats import FP8, quantize
+from mud_puppy.kernels.encode import quantize
+from mud_puppy.kernels.formats import FP8
 from mud_puppy.kernels.qgemm import qgemm
 from mud_puppy.kernels.quantized_matmul import quantized_matmul
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mud_puppy.kernels import formats
-from mud_puppy.kernels.formats import FORMATS, Quantized, dequantize, quantize
+from mud_puppy.kernels.encode import quantize
+from mud_puppy.kernels.formats import FORMATS, Quantized, dequantize
 
 
 def weights(*shape, seed=0, scale=1.0):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mud_puppy.kernels import grouped_matmul as product
 from mud_puppy.kernels import tuned
-from mud_puppy.kernels.formats import dequantize, quantize
+from mud_puppy.kernels.encode import quantize
+from mud_puppy.kernels.formats import dequantize
 from mud_puppy.kernels.grouped_matmul import pallas, xla
 from tests.kernels import contract
 

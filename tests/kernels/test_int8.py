@@ -20,7 +20,7 @@ from mud_puppy.kernels import (
     selfcheck,
     target,
 )
-from mud_puppy.kernels.formats import quantize
+from mud_puppy.kernels.encode import quantize
 
 module = importlib.import_module("mud_puppy.kernels.qgemm")
 

@@ -13,7 +13,8 @@ from mud_puppy.kernels import cross_entropy, linear_cross_entropy, token_logps
 from mud_puppy.kernels.cross_entropy import pallas, xla
 from mud_puppy.kernels.cross_entropy.pallas import Tiles
 from mud_puppy.kernels.cross_entropy.stats import Shape
-from mud_puppy.kernels.formats import dequantize, quantize
+from mud_puppy.kernels.encode import quantize
+from mud_puppy.kernels.formats import dequantize
 from tests.kernels import contract
 
 FIELDS = ("logp", "entropy", "lse", "mean")

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mud_puppy.kernels import formats, matmul, target, token_logps
-from mud_puppy.kernels.formats import FORMATS, Quantized, dequantize, quantize
+from mud_puppy.kernels.encode import quantize
+from mud_puppy.kernels.formats import FORMATS, Quantized, dequantize
 from mud_puppy.kernels.quantized_matmul import plans, quantized_matmul
 from tests.kernels.contract import compiled, differences, tolerance
 

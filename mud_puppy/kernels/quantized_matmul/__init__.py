@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 
 from mud_puppy.kernels import choice, selfcheck, target
 from mud_puppy.kernels.arguments import check_kind
-from mud_puppy.kernels.formats import Quantized, quantize
+from mud_puppy.kernels.encode import quantize
+from mud_puppy.kernels.formats import Quantized
 from mud_puppy.kernels.matmul import matmul
 from mud_puppy.kernels.quantized_matmul import fragment, reference, tile, vector, xla
 from mud_puppy.kernels.quantized_matmul import plan as plans

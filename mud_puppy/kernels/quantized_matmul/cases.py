@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mud_puppy.kernels import formats
+from mud_puppy.kernels import encode
 from mud_puppy.kernels.quantized_matmul import plan as plans
 from mud_puppy.kernels.quantized_matmul import tile, vector
 
@@ -38,7 +38,7 @@ def unit(
 ) -> tuple[Callable, tuple[Any, ...]]:
     """(function, argument shapes) of one case, with these tiles in the place of the table's."""
     weight = jax.ShapeDtypeStruct((OUT, IN), jnp.float32)
-    q = jax.eval_shape(lambda w: formats.quantize(w, **VARIANTS[name]), weight)
+    q = jax.eval_shape(lambda w: encode.quantize(w, **VARIANTS[name]), weight)
     x = jax.ShapeDtypeStruct((rows, IN), jnp.bfloat16)
     plan = plans.plan(x, q, tiles)
     assert not isinstance(plan, str), plan

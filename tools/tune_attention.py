@@ -11,14 +11,12 @@ that share a SIMD. Nothing is timed: no card is here. Needs what tools/rocm_tabl
 
 import argparse
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tune_tiles import write
+from tune_tiles import run, write
 
-from mud_puppy.errors import UserError
 from mud_puppy.kernels.attention.cases import FUNCTION, HEADS
 from mud_puppy.kernels.attention.prepare import PASSES
 from mud_puppy.rocm import assembly, binary, instructions, targets
@@ -162,8 +160,4 @@ def _cycles(loops: list, lines: list, arch: str, tile: dict, kernel: str, width:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"tune_attention: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

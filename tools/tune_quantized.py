@@ -14,13 +14,12 @@ import argparse
 import datetime
 import itertools
 import json
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 import jax
+from tune_tiles import run
 
-from mud_puppy.errors import UserError
 from mud_puppy.kernels import formats, tuned
 from mud_puppy.kernels.quantized_matmul import cases
 from mud_puppy.kernels.quantized_matmul import plan as plans
@@ -136,8 +135,4 @@ def _costs(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"tune_quantized: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

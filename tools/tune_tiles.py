@@ -14,8 +14,9 @@ import argparse
 import datetime
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -207,9 +208,14 @@ def tuned_text(table: dict) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-if __name__ == "__main__":
+def run(main: Callable[[], None]) -> None:
+    """A tool's `main`; what its user did wrong is one line and exit code 2."""
     try:
         main()
     except UserError as error:
-        print(f"tune_tiles: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(main)

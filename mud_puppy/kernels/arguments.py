@@ -3,6 +3,7 @@
 Everything is a ValueError that names the op and the argument, before JAX sees the call.
 """
 
+import operator
 from typing import Any
 
 import jax.numpy as jnp
@@ -37,6 +38,22 @@ def check_static(op: str, **options: Any) -> None:
                 f"{op}: {name} must be a Python number, and is traced: close over it, or name it "
                 "in jit's static_argnames"
             )
+
+
+def check_window(op: str, window: Any, causal: bool = True) -> None:
+    """`window` is None or a whole number of keys from 1, which only causal attention has."""
+    if window is not None and (not _whole(window) or window < 1 or not causal):
+        raise ValueError(
+            f"{op}: a window needs causal attention and at least 1 key; got {window!r}"
+        )
+
+
+def _whole(number: Any) -> bool:
+    try:
+        operator.index(number)
+    except TypeError:
+        return False
+    return True
 
 
 def _shown(x: Any) -> str:

@@ -16,14 +16,19 @@ def choose(
     implementations: Sequence[str],
     declines: dict[str, Callable[[], str | None]],
     order: Sequence[str],
+    empty: bool = False,
 ) -> str:
     """`forced`, or the first of `order` that can serve, or "xla".
 
     declines: for each name in `order`, and each that may be unable, why it cannot serve this call,
-    or None. Raises ValueError for a forced implementation that is unknown or declines.
+    or None. `empty`: there is nothing to compute, and "reference" serves whoever was asked for.
+    Raises ValueError for a forced implementation that is unknown or declines.
     """
     if forced not in (None, *implementations):
         raise ValueError(f"{op}: implementation {forced!r} is none of {tuple(implementations)}")
+    if empty:
+        say(logging.INFO, f"{op}: no kernel, an array is empty")
+        return "reference"
     if forced is not None:
         if forced in declines and (reason := declines[forced]()):
             raise ValueError(f"{op}: {forced} cannot serve this call: {reason}")

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, UInt8
 
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero; bitsandbytes' numbers.
@@ -112,6 +113,7 @@ def dequantize(
         values = codes.astype(jnp.float32)
         values = values if zero is None else values - jnp.asarray(zero, jnp.float32)
         return (values * scale).astype(dtype or jnp.float32)
+    check_codes(q)
     q = sliced(q)
     values = decode(q)
     groups = values.reshape(*values.shape[:-1], q.scales.shape[-1], -1)
@@ -123,6 +125,13 @@ def dequantize(
     else:
         groups = groups * scales
     return groups.reshape(values.shape).astype(dtype or q.dtype)
+
+
+def check_codes(q: Quantized) -> None:
+    """Kernels read bytes: ValueError for codes of another dtype than the format's."""
+    wanted = jnp.dtype("int8" if q.format == "int8" else "uint8")
+    if q.codes.dtype != wanted:
+        raise ValueError(f"expected {q.format} codes of dtype {wanted}; got {q.codes.dtype}")
 
 
 def sliced(q: Quantized) -> Quantized:
@@ -174,8 +183,14 @@ def int4(
 ) -> Quantized:
     """int4 from codes 0..15 (one an element) made elsewhere: GPTQ's, AWQ's, GGUF's Q4_0 and Q4_1.
 
-    Scales and minimums keep their dtype (GGUF's are float16), so that nothing is lost.
+    Scales and minimums keep their dtype (GGUF's are float16), so that nothing is lost. Raises
+    ValueError for shapes and dtypes that do not fit, and, outside of jit, for codes beyond 15.
     """
+    for name, x in (("codes", codes), ("zeros", zeros)):
+        if x is not None and x.dtype != jnp.uint8:
+            raise ValueError(f"int4: expected {name} of dtype uint8; got {x.dtype}: cast them")
+    if not isinstance(codes, Tracer) and codes.size and codes.max() > 15:
+        raise ValueError(f"int4: expected codes 0..15, one an element; got {codes.max()}")
     if codes.shape[-1] % scales.shape[-1] or codes.shape[:-1] != scales.shape[:-1]:
         raise ValueError(f"scales {scales.shape} do not divide codes {codes.shape} into groups")
     for name, x in (("zeros", zeros), ("minimum", minimum)):
@@ -189,7 +204,7 @@ def int4(
 
 
 def pack(codes: UInt8[Array, "... n"]) -> UInt8[Array, "... bytes"]:
-    """Codes 0..15 two a byte, the even one in the high nibble."""
+    """Codes 0..15 two a byte, the even one in the high nibble; larger ones spoil the next."""
     if codes.shape[-1] % 2:
         raise ValueError(f"expected an even number of codes in a row, got {codes.shape[-1]}")
     return (codes[..., ::2] << 4) | codes[..., 1::2]
@@ -198,7 +213,7 @@ def pack(codes: UInt8[Array, "... n"]) -> UInt8[Array, "... bytes"]:
 def unpack(codes: UInt8[Array, "... bytes"]) -> UInt8[Array, "... n"]:
     """The inverse of `pack`."""
     # One broadcast and one shift: XLA makes it part of the loop that writes the decoded weight.
-    shift = jnp.array([4, 0], jnp.uint8)
+    shift = jax.lax.broadcast_to_rank(jnp.array([4, 0], jnp.uint8), codes.ndim + 1)
     return ((codes[..., None] >> shift) & 15).reshape(*codes.shape[:-1], -1)
 
 
@@ -214,18 +229,19 @@ def exponent(e: UInt8[Array, "..."]) -> Float[Array, "..."]:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def dynamic_map() -> np.ndarray:
-    """float32 [256], sorted: bitsandbytes' signed dynamic map (8-bit optimizers, arXiv:2110.02861).
+def dynamic_map(signed: bool = True) -> np.ndarray:
+    """float32 [256], sorted: bitsandbytes' dynamic map (8-bit optimizers, arXiv:2110.02861).
 
-    A sign, a decimal exponent of 0 to -6, and a fraction that has the bits the exponent leaves.
+    A sign (or one more bit of fraction), a decimal exponent of 0 to -6, and a fraction that has the
+    bits the exponent leaves.
     """
     values = [0.0, 1.0]
     for i in range(7):
         # torch.linspace: a float32 step, counted from both ends.
-        n = 2**i
+        n = 2**i if signed else 2 ** (i + 1)
         step, k = (np.float32(1) - np.float32(0.1)) / np.float32(n), np.arange(n + 1)
         up, down = np.float64(np.float32(0.1)) + step * k, 1 - np.float64(step) * (n - k)
         edges = np.where(k < (n + 1) // 2, up, down).astype(np.float32)
         means = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
-        values += [*means, *-means]
+        values += [*means, *-means] if signed else [*means]
     return np.sort(np.array(values, np.float32))

@@ -43,8 +43,8 @@ def quantized_layernorm(
     _check_width("quantized_layernorm", x, weight=weight, bias=bias)
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
-    y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps) * weight.astype(jnp.float32)
-    return _rows(y if bias is None else y + bias.astype(jnp.float32))
+    y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps) * _along(weight, x)
+    return _rows(y if bias is None else y + _along(bias, x))
 
 
 def quantized_rmsnorm(
@@ -54,7 +54,12 @@ def quantized_rmsnorm(
     _check_width("quantized_rmsnorm", x, weight=weight)
     x = x.astype(jnp.float32)
     y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
-    return _rows(y * weight.astype(jnp.float32))
+    return _rows(y * _along(weight, x))
+
+
+def _along(vector: Array, x: Array) -> Array:
+    """A [D] for x [..., D], float32."""
+    return jax.lax.broadcast_to_rank(vector.astype(jnp.float32), x.ndim)
 
 
 def _check_width(op: str, x: Array, **vectors: Array | None) -> None:

@@ -81,7 +81,7 @@ def fbgemm(
     if bias is not None:
         if bias.shape != y.shape[-1:]:
             raise ValueError(f"expected a bias [{y.shape[-1]}], got {list(bias.shape)}")
-        y = y + bias.astype(y.dtype)
+        y = y + lax.broadcast_to_rank(bias.astype(y.dtype), y.ndim)
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
@@ -111,8 +111,9 @@ def _row(value: Any, size: int) -> Array:
 def _product(a: Array, b: Array, implementation: str | None) -> Array:
     order = ("pallas",) if target.current().platform in ("cuda", "rocm") else ()
     declines = {"pallas": lambda: _refusal(a, b)}
-    name = choice.choose(OP, implementation, ("pallas", "xla"), declines, order)
-    if not (a.size and b.size):
+    empty = not (a.size and b.size)
+    name = choice.choose(OP, implementation, ("pallas", "xla"), declines, order, empty)
+    if empty:
         return jnp.zeros((len(a), len(b)), jnp.int32)
     return _pallas(a, b) if name == "pallas" else _xla(a, b)
 

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mud_puppy.kernels import flash_attention
+from mud_puppy.kernels.arguments import check_window
 
 
 class FlashMHA(nnx.Module):
@@ -42,8 +43,7 @@ class FlashMHA(nnx.Module):
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_sizes(embed_dim, num_heads, num_kv_heads, head_dim)
-        if window is not None and (window < 1 or not causal):
-            raise ValueError(f"a window needs causal attention and at least 1 key; got {window}")
+        check_window("FlashMHA", window, causal)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is a probability below 1; got {dropout}")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads

@@ -15,8 +15,10 @@ from flax import nnx
 
 import mud_puppy as mp
 from mud_puppy import kernels
-from mud_puppy.kernels import target, tuned
+from mud_puppy.kernels import choice, target, tuned
 from mud_puppy.kernels.attention import decode_pallas
+from mud_puppy.kernels.attention import xla as attention_xla
+from mud_puppy.kernels.attention.plan import Options
 from mud_puppy.kernels.encode import quantize
 from mud_puppy.kernels.formats import FORMATS, dequantize
 
@@ -84,7 +86,7 @@ REFUSED = {
     "decode: flat k": (decode(CACHE[0], K[0], V[0]), r"expected k \[B, S, K, D\]"),
     "decode: an empty cache": (decode(CACHE[0], K[:, :0], V[:, :0]), "decode needs q"),
     "decode: sinks of key heads": (decode(sinks=jnp.ones(2)), r"expected sinks \(4,\)"),
-    "decode: no window": (decode(window=0), "at least 1 slot"),
+    "decode: no window": (decode(window=0), "at least 1 key; got 0"),
     "decode: no cap": (decode(softcap=0.0), "softcap must be positive"),
     "decode: places between": (decode(at=AT * 1.0), "expected positions of a integer"),
     "decode: pages of one row": (decode(page_table=jnp.zeros((1, 1), int)), r"page_table \[2, n\]"),
@@ -175,6 +177,19 @@ def test_rows_of_nothing(implementation):
         assert [x.shape for x in found] == [(rows, tokens)] * 2
         assert entropy(*part, implementation=implementation)() == 0
     assert bare.qgemm(CODES[:0], CODES, implementation=implementation).shape == (0, 16)
+
+
+@pytest.mark.parametrize("op", ["attention", "decode_attention", "qgemm"])
+def test_nobody_is_said_to_serve_nothing(op, caplog):
+    f = {
+        "attention": attend(Q[:0], K[:0], V[:0], implementation="pallas"),
+        "decode_attention": decode(*(x[:0] for x in CACHE), at=AT[:0], implementation="pallas"),
+        "qgemm": lambda: bare.qgemm(CODES[:0], CODES, implementation="pallas"),
+    }[op]
+    choice.say.cache_clear()
+    with caplog.at_level("INFO", "mud_puppy"):
+        f()
+    assert caplog.messages == [f"{op}: no kernel, an array is empty"]
 
 
 def test_no_rows_for_the_quantized_kernels():
@@ -368,6 +383,70 @@ def test_a_checked_shard_map_gets_xla():
         np.testing.assert_allclose(served, want, atol=1e-5)
     with pytest.raises(ValueError, match="pass it check_vma=False"):
         over("pallas", True)
+
+
+@pytest.mark.parametrize("op", ["cross-entropy", "grouped", "quantized", "keys"])
+def test_a_checked_shard_map_differentiates_what_devices_share(op):
+    """Loops start as their results vary, and gradients of what is common are summed."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, common = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    codes = quantize(floats(16, 64))
+
+    def keys(q, k):
+        # Blocks of 16: more than one, so that there is a loop.
+        return attention_xla.attention(q, k, k, options=Options(True, None, 0.25), max_block=16)[0]
+
+    f, args, specs = {
+        "cross-entropy": (
+            lambda h, head: entropy(h, head, WORDS[:1], label_smoothing=0.1, reduction="none")(),
+            (HIDDEN, HEAD), (split, common),
+        ),
+        "grouped": (lambda x, w: grouped(x, w, SIZES // 2)(), (ROWS, EXPERTS), (split, common)),
+        "quantized": (
+            lambda w, x: bare.quantized_matmul(x, w).T, (codes, floats(6, 64)), (split, common)
+        ),
+        "keys": (keys, (floats(2, 40, 4, 16), floats(1, 40, 2, 16)), (split, common)),
+    }[op]  # fmt: skip
+
+    def grads(check):
+        g = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=split, check_vma=check)
+        first = 1 if op == "quantized" else 0
+        return jax.jit(jax.grad(lambda *args: jnp.sin(g(*args)).sum(), tuple(range(first, 2))))(
+            *args
+        )
+
+    for got, want in zip(grads(True), grads(False), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        assert np.abs(got).max() > 1e-3
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla", "reference"])
+def test_ranks_are_not_promoted(implementation):
+    """What a user of jax_numpy_rank_promotion calls."""
+    options = {"implementation": implementation}
+    codes, ids = quantize(floats(32, 64), double=True), {"segment_ids": jnp.ones((2, 16), int)}
+    bias = floats(1, 4, 16, 16)
+    calls = [
+        (lambda q, s, b: attend(q, K, V, sinks=s, bias=b, window=5, dropout=0.1, dropout_seed=3,
+                                **ids, **options)(), (Q, floats(4), bias)),
+        (lambda q, s: decode(q, K, V, sinks=s, window=5, **options)(), (CACHE[0], floats(4))),
+        (lambda h, w: entropy(h, w, label_smoothing=0.1, **options)(), (HIDDEN, HEAD)),
+        (lambda h: logps(h, **options)(), (HIDDEN,)),
+        (lambda x, w: grouped(x, w, **options)(), (ROWS, EXPERTS)),
+        (lambda x: bare.quantized_matmul(x, codes, implementation),
+         (floats(3, 64, dtype=jnp.bfloat16),)),
+        (lambda x, b: bare.fbgemm(x, EXPERTS[0], b), (ROWS, floats(16))),
+    ]  # fmt: skip
+
+    def results():
+        for f, args in calls:
+            out, pull = jax.vjp(f, *args)
+            pull(jax.tree.map(jnp.ones_like, out))
+        bare.quantized_layernorm(ROWS, ROWS[0], ROWS[1])
+        bare.quantized_rmsnorm(ROWS, ROWS[0])
+
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(results)
 
 
 def test_bytes_beyond_32_bits_are_not_addressed():

@@ -1,8 +1,10 @@
 """The codecs of quantized weights against their definitions and against those who set them."""
 
+import inspect
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mud_puppy.kernels import formats
+from mud_puppy.kernels import formats, quantized_matmul
 from mud_puppy.kernels.encode import quantize
 from mud_puppy.kernels.formats import FORMATS, Quantized, dequantize
 
@@ -296,6 +298,24 @@ def test_int4_checks_its_parts():
         formats.int4(codes, scales, minimum=jnp.ones((4, 1)))
     with pytest.raises(ValueError, match="even number"):
         formats.pack(jnp.zeros((2, 3), jnp.uint8))
+
+
+def test_codes_that_are_none():
+    """As users have the functions, without the type checks of tests."""
+    int4, of_bytes = inspect.unwrap(formats.int4), jnp.zeros((4, 64), jnp.uint8)
+    scales = jnp.ones((4, 1))
+    with pytest.raises(ValueError, match=r"codes 0\.\.15, one an element; got 16"):
+        int4(of_bytes.at[2, 3].set(16), scales)
+    with pytest.raises(ValueError, match="codes of dtype uint8; got int32"):
+        int4(of_bytes.astype(jnp.int32), scales)
+    with pytest.raises(ValueError, match="zeros of dtype uint8; got float32"):
+        int4(of_bytes, scales, zeros=scales)
+    assert int4(of_bytes.at[2, 3].set(15), scales).codes.max() == 15
+    for codes, format, wanted in ((jnp.int32, "nf4", "uint8"), (jnp.uint8, "int8", "int8")):
+        q = replace(quantize(jnp.ones((4, 64)), format), codes=jnp.zeros((4, 64), codes))
+        for call in (lambda q: dequantize(q), lambda q: quantized_matmul(jnp.ones((2, 64)), q)):
+            with pytest.raises(ValueError, match=f"{format} codes of dtype {wanted}"):
+                call(q)
 
 
 def test_nibbles():

@@ -5,13 +5,12 @@ implementation declines with a reason, the next one runs, and the log says so on
 A forced implementation that cannot serve the call raises ValueError.
 """
 
-import operator
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mud_puppy.kernels.arguments import INTEGERS, check_array, check_static
+from mud_puppy.kernels.arguments import INTEGERS, check_array, check_static, check_window
 from mud_puppy.kernels.attention import cudnn, flash, reference, xla
 from mud_puppy.kernels.attention.decode import decode_attention
 from mud_puppy.kernels.attention.dropout import seed_of
@@ -73,8 +72,6 @@ def flash_attention(
     options = Options(causal, window, factor, softcap, dropout)
     extras = {"sinks": sinks, "bias": bias, "seed": seed_of(dropout_seed) if dropout else None}
     name = choose(implementation, q, k, v, segment_ids, kv_segment_ids, options, extras, return_lse)
-    if not (q.size and k.size and v.size):
-        name = "reference"  # no queries or no keys: there is nothing for blocks to cover
     attend = {"xla": xla, "pallas": flash, "cudnn": cudnn, "reference": reference}[name].attention
     out, lse = attend(q, k, v, segment_ids, kv_segment_ids, options=options, **extras)
     return (out, lse) if return_lse else out
@@ -98,8 +95,7 @@ def _check(
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention needs one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}")
-    if window is not None and (not _whole(window) or window < 1 or not causal):
-        raise ValueError(f"a window needs causal attention and at least 1 key; got {window!r}")
+    check_window("attention", window, causal)
     if (q_segments is None) != (k_segments is None):
         raise ValueError("kv_segment_ids came without segment_ids")
     if q_segments is not None and (q_segments.shape, k_segments.shape) != ((B, T), (B, S)):
@@ -130,11 +126,3 @@ def _check_extras(
         raise ValueError(f"dropout is a probability below 1; got {dropout}")
     if dropout and seed is None:
         raise ValueError("dropout needs a dropout_seed: an integer, another one each step")
-
-
-def _whole(number: Any) -> bool:
-    try:
-        operator.index(number)
-    except TypeError:
-        return False
-    return True

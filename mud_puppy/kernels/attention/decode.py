@@ -14,7 +14,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from mud_puppy.kernels import choice, selfcheck, target
-from mud_puppy.kernels.arguments import FLOATS, INTEGERS, check_array, check_static
+from mud_puppy.kernels.arguments import (
+    FLOATS,
+    INTEGERS,
+    check_array,
+    check_static,
+    check_window,
+)
 from mud_puppy.kernels.attention import decode_pallas, decode_reference, decode_xla
 from mud_puppy.kernels.attention.decode_pallas import Cache
 
@@ -121,7 +127,9 @@ def _decoded(x: Any, scales: Any, dtype: Any) -> Any:
 def _choose(implementation: str | None, q: Any, cache: Cache) -> str:
     order = ("pallas",) if target.current().platform in ("cuda", "rocm") else ()
     declines = {"pallas": lambda: decode_pallas.declines(q, cache) or _fault(q, cache)}
-    return choice.choose("decode_attention", implementation, IMPLEMENTATIONS, declines, order)
+    return choice.choose(
+        "decode_attention", implementation, IMPLEMENTATIONS, declines, order, empty=not q.size
+    )
 
 
 def _fault(q: Any, cache: Cache) -> str | None:
@@ -187,8 +195,7 @@ def _check(q: Any, cache: Cache, positions: Any) -> None:
 
 
 def _check_options(q: Any, window: Any, softcap: Any, sinks: Any) -> None:
-    if window is not None and window < 1:
-        raise ValueError(f"a window holds at least 1 slot; got {window}")
+    check_window("decode_attention", window)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive; got {softcap}")
     if sinks is not None:

@@ -15,7 +15,7 @@ def attention(
     grouped = q.reshape(B, T, k.shape[2], -1, D).astype(dtype)
     x = jnp.einsum("btkgd,bskd->btkgs", grouped, k.astype(dtype), precision="highest") * scale
     x = x if softcap is None else softcap * jnp.tanh(x / softcap)
-    slot, at = jnp.arange(k.shape[1]), positions[..., None]
+    slot, at = jnp.arange(k.shape[1])[None, None], positions[..., None]
     seen = (slot <= at) & (slot > (-1 if window is None else at - window))
     x = jnp.where(seen[:, :, None, None], x, -jnp.inf).reshape(B, T, H, -1)
     if sinks is not None:

@@ -39,7 +39,7 @@ def _attend(
     dot = partial(jnp.einsum, precision=exact(q.dtype), preferred_element_type=f32)
     x = dot("btkgd,bskd->bkgts", grouped, k.astype(q.dtype)) * scale
     x = x if softcap is None else softcap * jnp.tanh(x / softcap)
-    slot, at = jnp.arange(k.shape[1]), positions[..., None]
+    slot, at = jnp.arange(k.shape[1])[None, None], positions[..., None]
     seen = slot <= at
     if window is not None:
         seen &= slot > at - window
@@ -49,7 +49,7 @@ def _attend(
     x = jnp.where(seen, x, jnp.finfo(f32).min)
     top = x.max(-1, keepdims=True)
     if sinks is not None:
-        sink = sinks.astype(f32).reshape(k.shape[2], -1, 1, 1)
+        sink = sinks.astype(f32).reshape(1, k.shape[2], -1, 1, 1)
         top = jnp.maximum(top, sink)
     e = jnp.where(seen, jnp.exp(x - top), 0)
     total = e.sum(-1, keepdims=True)

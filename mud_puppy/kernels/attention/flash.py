@@ -81,7 +81,7 @@ def _backward(static: tuple[Options, Tiles], residuals: Any, cotangents: Any) ->
     rest: dict = dict.fromkeys(extra)
     if extra["sinks"] is not None:
         # A sink is a key whose value is 0: d p = 0.
-        sinks = extra["sinks"].astype(jnp.float32)[:, None]
+        sinks = extra["sinks"].astype(jnp.float32)[None, :, None]
         d_sinks = (jnp.exp(sinks - lse) * -row).sum((0, 2))
         rest["sinks"] = d_sinks.astype(extra["sinks"].dtype)
     if extra["bias"] is not None:

@@ -123,34 +123,33 @@ def d_keys_values(
 def _keys_program(plan: Plan, refs: dict, outputs: dict) -> None:
     axes = (1, 0, 2) if plan.heads_first else (2, 1, 0)
     b, kv_head, j = (pl.program_id(axis) for axis in axes)  # a causal mask's first keys see most
-    bounds = tile.ranges(plan, refs, b, j, by_key=True)
     rows, group = plan.k_block, refs["q"].shape[2] // refs["k"].shape[2]
+    # One loop over the heads of the group within each block: a loop a head would start a pipeline
+    # a head, and neighbouring heads are neighbours in memory.
+    bounds = tile.times(tile.ranges(plan, refs, b, j, by_key=True), group)
     keep = ("k", "v") if "k" in outputs else ("k",)
     own = tile.Operand(plan, refs, b, j * rows, rows, kv_head, keep=keep)
+    first = Tile(plan, refs, b, kv_head * group, j=j)
 
-    def head(g: Any, sums: dict) -> dict:
-        h = kv_head * group + g
-        scores = Tile(plan, refs, b, h, j=j)
-
-        def step(i: Any, sums: dict, hidden: Hidden) -> dict:
-            sums = dict(sums)
-            at = b, i * plan.q_block, plan.q_block, h
-            other = tile.Operand(plan, refs, *at)
-            lse, row = (pl.load(refs[name].at[b, h, pl.ds(*at[1:3])]) for name in ("lse", "row"))
-            block = scores.block(i, j, hidden)
-            products = own.products("k", other, "q")
-            d_p = own.products("v", other, "d_out") if "k" in sums else None
-            p, d_x = _d_scores(block, products, d_p, lse, row)
-            for name, weights, source in (("v", p, "d_out"), ("k", d_x, "q")):
-                if name in sums:
-                    tiles = other.summed(source)
-                    sums[name] = tile.accumulate(sums[name], weights, tiles, plan.transposed)
-            return sums
-
-        return tile.over(plan, bounds, step, sums)
+    def step(n: Any, sums: dict, hidden: Hidden) -> dict:
+        i, g = tile.divided(n, group)
+        scores = first.of_head(g)
+        sums, at = dict(sums), (b, i * plan.q_block, plan.q_block, scores.h)
+        other = tile.Operand(plan, refs, *at)
+        at = b, scores.h, pl.ds(*at[1:3])
+        lse, row = (pl.load(refs[name].at[at]) for name in ("lse", "row"))
+        block = scores.block(i, j, hidden)
+        products = own.products("k", other, "q")
+        d_p = own.products("v", other, "d_out") if "k" in sums else None
+        p, d_x = _d_scores(block, products, d_p, lse, row)
+        for name, weights, source in (("v", p, "d_out"), ("k", d_x, "q")):
+            if name in sums:
+                tiles = other.summed(source)
+                sums[name] = tile.accumulate(sums[name], weights, tiles, plan.transposed)
+        return sums
 
     sums = {name: tile.zeros(rows, ref.shape[-1]) for name, ref in outputs.items()}
-    sums = head(0, sums) if group == 1 else jax.lax.fori_loop(0, group, head, sums)
+    sums = tile.over(plan, bounds, step, sums)
     scales = {"k": plan.options.scale, "v": 1 / (1 - plan.options.dropout)}
     for name, ref in outputs.items():
         tile.write(ref, b, j * rows, rows, kv_head, tuple(x * scales[name] for x in sums[name]))

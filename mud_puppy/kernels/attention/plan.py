@@ -175,7 +175,7 @@ def _ranges_of_blocks(others: tuple, rows: Any) -> Any:
     low, high, ids, start, end = (x[:, :, None] for x in rows)
     other_low, other_high, other_ids = (x[:, None] for x in others)
     most = other_low.shape[-1]
-    j = jnp.arange(most, dtype=jnp.int32)
+    j = jnp.arange(most, dtype=jnp.int32)[None, None]
     meets = (other_low <= high) & (other_high >= low) & (other_ids & ids != 0)
     meets &= (j >= start) & (j < end)
     same = meets & (low == high) & (other_low == other_high)

@@ -44,7 +44,7 @@ def attention(
     scores = jnp.where(seen, scores, -jnp.inf)
     top = scores.max(-1, keepdims=True, initial=-jnp.inf)
     if sinks is not None:
-        sink = sinks.astype(dtype)[:, None, None]
+        sink = sinks.astype(dtype)[None, :, None, None]
         top = jnp.maximum(top, sink)
     top = jax.lax.stop_gradient(top)  # it only keeps the powers small
     safe_top = jnp.where(top == -jnp.inf, 0, top)

@@ -34,7 +34,9 @@ def choose(
         ),
     }
     order = _order(q.dtype, packed=q_segments is not None)
-    return choice.choose("attention", implementation, IMPLEMENTATIONS, declines, order)
+    # Without queries or keys there is nothing for blocks to cover.
+    empty = not (q.size and k.size and v.size)
+    return choice.choose("attention", implementation, IMPLEMENTATIONS, declines, order, empty)
 
 
 def _order(dtype: Any, packed: bool) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ on the multiply-add that subtracts the row's maximum. A tile is [queries, keys],
 where `queries` is axis 1.
 """
 
+import copy
 import math
 import operator
 from collections.abc import Callable
@@ -46,6 +47,12 @@ class Tile:
     def plain(self) -> bool:
         options = self.plan.options
         return options.softcap is None and "bias" not in self.refs and options.scale > 0
+
+    def of_head(self, g: Any) -> "Tile":
+        """The same g heads further."""
+        other = copy.copy(self)
+        other.h = self.h + g
+        return other
 
     def block(self, i: Any, j: Any, hidden: "Hidden") -> "Block":
         """Read what the block needs beside its products. To be called before them: the reads then
@@ -278,6 +285,12 @@ def over(plan: Plan, bounds: tuple, step: Callable, carry: Any) -> Any:
     shown = Hidden(False, False)
     carry = _loop(full_low, full_high, lambda n, carry: step(n, carry, shown), carry)
     return _loop(0, before + high - full_high, rest, carry)
+
+
+def times(bounds: tuple, size: int) -> tuple:
+    """The bounds of `over` for a loop that takes each block `size` times in a row."""
+    *blocks, same = bounds
+    return *(n * size for n in blocks), same and tuple(n * size for n in same)
 
 
 def _loop(start: Any, stop: Any, body: Callable, carry: Any) -> Any:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from mud_puppy.kernels.attention.dropout import kept
 from mud_puppy.kernels.attention.plan import LOWEST, Options
 from mud_puppy.kernels.matmul import exact
+from mud_puppy.kernels.varying import alike
 
 # Queries and keys a block at most: on 2 CPU cores 128 is 1.3x as fast as 256, 1.8x as 512 (float32,
 # T 1024, 9 heads of 64, forward and backward); an accelerator wants fewer, larger steps.
@@ -78,7 +79,7 @@ def attention(
         bias = bias.reshape(bias.shape[0], *heads, T, S)
         bias = _pad(_pad(bias, plan.q_block, 3), plan.k_block, 4)
     extra = qs, _pad(k_segments, plan.k_block, 1), seed
-    result: Any = _attention(plan, q, k, v, bias, extra)
+    result: Any = _attention(plan, *alike((q, k, v, bias, extra)))
     out, lse = result
     out = out[:, :, :, :T].transpose(0, 3, 1, 2, 4)
     lse = lse[:, :, :, :T].transpose(0, 3, 1, 2)
@@ -87,7 +88,7 @@ def attention(
 
 
 def _with_sinks(out: Any, lse: Any, sinks: Any) -> tuple[Any, Any]:
-    sinks = sinks.astype(lse.dtype)
+    sinks = sinks.astype(lse.dtype)[None, None]
     # A sink may be -inf too: it counts for nothing.
     empty = lse == -jnp.inf
     seen = jnp.where(empty, 0, lse)
@@ -122,11 +123,8 @@ def _forward(plan: _Plan, q: Any, k: Any, v: Any, bias: Any, extra: tuple) -> An
         return tuple(map(put, state, new)), None
 
     rows = q.shape[:4]
-    state = (
-        jnp.zeros((*rows, v.shape[-1]), f32),
-        jnp.full(rows, -jnp.inf, f32),
-        jnp.zeros(rows, f32),
-    )
+    zero = jnp.zeros_like(q[..., 0], f32)
+    state = jnp.broadcast_to(zero[..., None], (*rows, v.shape[-1])), zero - jnp.inf, zero
     out, top, total = _each(step, state, plan.pairs())
     out = (out / jnp.where(total == 0, 1, total)[..., None]).astype(q.dtype)
     lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
@@ -162,7 +160,7 @@ def _backward(plan: _Plan, residuals: Any, cotangents: Any) -> Any:
         dv = _add(dv, _dot("bkgts,bkgtd->bksd", p, gi), pair[1], plan.k_block, 2)
         return (dq, dk, dv, d_bias), None
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, f32), (q, k, v, bias))
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, f32), (q, k, v, bias))
     grads = _each(step, zeros, plan.pairs())
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, (q, k, v, bias))
     return *grads, (None, None, None)
@@ -211,8 +209,9 @@ def _dropped(plan: _Plan, pair: Any, p: Any, extra: tuple) -> Any:
         return p
     B, K, G = p.shape[:3]
     b = jnp.arange(B).reshape(B, 1, 1, 1, 1)
-    h = jnp.arange(K * G).reshape(K, G, 1, 1)
-    return jnp.where(kept(rate, extra[2], b, h, *_positions(plan, pair)), p / (1 - rate), 0)
+    h = jnp.arange(K * G).reshape(1, K, G, 1, 1)
+    i, j = (x[None, None, None] for x in _positions(plan, pair))
+    return jnp.where(kept(rate, extra[2], b, h, i, j), p / (1 - rate), 0)
 
 
 def _each(step: Any, state: Any, pairs: np.ndarray) -> Any:

@@ -21,6 +21,7 @@ from mud_puppy.kernels.cross_entropy import pallas, reference, xla
 from mud_puppy.kernels.cross_entropy.stats import Shape, Stats
 from mud_puppy.kernels.formats import Quantized, dequantize, sliced
 from mud_puppy.kernels.matmul import matmul
+from mud_puppy.kernels.varying import alike
 
 OP = "cross-entropy"
 IMPLEMENTATIONS = ("pallas", "xla", "reference")
@@ -108,6 +109,8 @@ def token_logps(
 def _check(hidden: Any, targets: Any, softcap: float | None) -> None:
     check_array(OP, "hidden", hidden, "B T D")
     check_array(OP, "targets", targets, "B T", INTEGERS)
+    if targets.shape != hidden.shape[:2]:
+        raise ValueError(f"expected targets {hidden.shape[:2]}, got {targets.shape}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive; got {softcap}")
 
@@ -121,13 +124,9 @@ def _stats(
     keep: bool = True,
 ) -> Stats:
     B, T, D = hidden.shape
-    if targets.shape != (B, T):
-        raise ValueError(f"expected targets {(B, T)}, got {targets.shape}")
     if _is_array(head):
         check_array(OP, "head", head, "V D")
-    if (_is_array(head) or isinstance(head, Quantized)) and (
-        head.shape[1:] != (D,) or not D or not head.shape[0]
-    ):
+    if _is_weight(head) and (head.shape[1:] != (D,) or not D or not head.shape[0]):
         raise ValueError(f"expected a head [V, {D}], got {head.shape}")
     if not targets.size:
         return Stats(*[jnp.zeros((B, T), jnp.float32)] * 4)
@@ -140,7 +139,7 @@ def _stats(
 
 def _words(hidden: Any, head: Any) -> int:
     """V"""
-    if _is_array(head) or isinstance(head, Quantized):
+    if _is_weight(head):
         return head.shape[0]
     return jax.eval_shape(lambda x: matmul(x, head), hidden).shape[-1]
 
@@ -149,7 +148,7 @@ def _inside(
     hidden: Any, head: Any, targets: Any, shape: Shape, implementation: str | None, keep: bool
 ) -> Stats:
     """`_stats` of targets in [0, V)."""
-    if not isinstance(head, Quantized) and not _is_array(head):
+    if not _is_weight(head):
         if implementation not in (None, "xla"):
             raise ValueError(f"{implementation} cannot serve a head of type {type(head).__name__}")
         return xla.through_matmul(hidden, partial(matmul, w=head), targets, shape)
@@ -159,7 +158,13 @@ def _inside(
         head = dequantize(head) if isinstance(head, Quantized) else head
         return reference.stats(hidden, head, targets, shape)
     head = head if isinstance(head, Quantized) else jnp.asarray(head)
+    hidden, head, targets = alike((hidden, head, targets))
     return _core(hidden, head, targets, shape, {"pallas": pallas, "xla": xla}[name], keep)
+
+
+def _is_weight(head: Any) -> bool:
+    """Whether the implementations read its rows; an adapter goes through `matmul`."""
+    return isinstance(head, Quantized) or _is_array(head)
 
 
 def _is_array(head: Any) -> bool:

@@ -115,15 +115,15 @@ def _combine(score: _Score, V: int) -> tuple[Stats, Any, Any]:
     """(Stats [N], 1 - p(target) [N], what turns each tile's e into p [tiles, N])."""
     top = jnp.maximum(score.top.max(0), score.target)
     at_target = jnp.exp2(score.target - top)
-    factor = jnp.exp2(score.top - top)
+    factor = jnp.exp2(score.top - top[None])
     others = (factor * score.others).sum(0)
-    weighted = (factor * (score.weighted + score.others * (score.top - top))).sum(0)
+    weighted = (factor * (score.weighted + score.others * (score.top - top[None]))).sum(0)
     total = others + at_target
     lse = top + jnp.log2(total)
     mean = score.plain.sum(0) * (LN_2 / V)
     entropy = jnp.log2(total) - (weighted + at_target * (score.target - top)) / total
     stats = Stats((score.target - lse) * LN_2, entropy * LN_2, lse * LN_2, mean)
-    return stats, others / total, factor / total
+    return stats, others / total, factor / total[None]
 
 
 def _columns(share: Any, tile: int, V: int) -> Any:

@@ -58,9 +58,9 @@ def _forward(x: Any, head: Any, y: Any, shape: Shape, blocks: Blocks | None, slo
     blocks = blocks or choose_blocks(x, head, slope)
 
     def block(x: Any, y: Any) -> Any:
-        zero = jnp.zeros(y.shape, jnp.float32)
+        zero = jnp.zeros_like(y, jnp.float32)
         start = _Running(zero + LOW, zero, zero, zero, zero, zero)
-        sums = jnp.zeros(x.shape, jnp.float32) if slope else None
+        sums = jnp.zeros_like(x, jnp.float32) if slope else None
 
         def chunk(carry: Any, i: Any) -> Any:
             run, sums = carry
@@ -142,31 +142,32 @@ def _backward(
             d = (d + jnp.where(column == y[..., None], at_target, 0)) * shape.derivative(logits)
             d = jnp.where(seen, d, 0).astype(x.dtype)
             if head_trains:
-                start = (column[0], 0)
+                start = (column[0, 0, 0], 0)
                 old = jax.lax.dynamic_slice(d_head, start, rows.shape)
                 more = old + _dot(d, x, ((0, 1), (0, 1))).astype(old.dtype)
                 d_head = jax.lax.dynamic_update_slice(d_head, more, start)
             return d_head, dx + _dot(d, rows, ((2,), (0,)))
 
-        start = d_head, jnp.zeros(x.shape, jnp.float32)
+        start = d_head, jnp.zeros_like(x, jnp.float32)
         d_head, dx = _over_chunks(chunk, start, V, blocks.rows)
         return d_head, dx.astype(x.dtype)
 
     cut = [_cut(a, blocks.tokens) for a in (x, y, *weights)]
     # Rounded once, as nothing is added to a row, if there is one block.
     kind = head.dtype if head_trains and len(cut[0]) == 1 else jnp.float32
-    d_head = jnp.zeros(head.shape, kind) if head_trains else None
+    d_head = jnp.zeros_like(head, kind) if head_trains else None
     d_head, dx = jax.lax.scan(block, d_head, cut)
     return _whole(dx, T), None if d_head is None else d_head.astype(head.dtype)
 
 
 def _chunk(head: Any, i: Any, size: int, dtype: Any) -> tuple[Any, Any, Any]:
-    """Chunk i: its rows, their numbers, and which are new.
+    """Chunk i: its rows, their numbers [1, 1, rows], and which are new.
 
     The last chunk ends with the head, and starts with rows that the one before has had.
     """
     start = jnp.minimum(i * size, head.shape[0] - size)
     column = start + jnp.arange(size, dtype=jnp.int32)
+    column = column[None, None]
     return rows_of.chunk(head, start, size, dtype), column, column >= i * size
 
 
@@ -240,7 +241,7 @@ def through_matmul(x: Any, product: Callable, y: Any, shape: Shape) -> Stats:
         e = jnp.exp(shifted)
         total = e.sum(-1)
         log_total = jnp.log(total)
-        hit = jnp.arange(logits.shape[-1]) == y[..., None]
+        hit = jnp.arange(logits.shape[-1])[None, None] == y[..., None]
         logp = jnp.where(hit, shifted, 0).sum(-1) - log_total
         entropy = log_total - (e * shifted).sum(-1) / total
         return Stats(logp, entropy, top[..., 0] + log_total, logits.mean(-1))

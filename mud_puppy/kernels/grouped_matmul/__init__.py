@@ -16,6 +16,7 @@ from mud_puppy.kernels import choice, selfcheck, target
 from mud_puppy.kernels.arguments import INTEGERS, check_array
 from mud_puppy.kernels.formats import Quantized, dequantize, sliced
 from mud_puppy.kernels.grouped_matmul import pallas, reference, xla
+from mud_puppy.kernels.varying import alike
 
 OP = "grouped_matmul"
 IMPLEMENTATIONS = ("pallas", "xla", "reference")
@@ -56,6 +57,7 @@ def grouped_matmul(
     if name == "reference":
         w = dequantize(w, jnp.float32) if isinstance(w, Quantized) else w
         return reference.grouped(x, w, group_sizes)
+    x, w, group_sizes = alike((x, w, group_sizes))
     return _core(x, w, group_sizes, {"pallas": pallas, "xla": xla}[name])
 
 

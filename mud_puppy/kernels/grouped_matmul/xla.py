@@ -35,7 +35,7 @@ def grouped(x: Any, w: Any, sizes: Any, transpose: bool = False) -> Any:
 
         return _over_tiles(step, out, first, size, tile, len(x)), None
 
-    out = jnp.zeros((len(x), width), x.dtype)
+    out = jnp.broadcast_to(jnp.zeros_like(x[:, :1]), (len(x), width))
     return jax.lax.scan(expert, out, (w, jnp.cumsum(sizes) - sizes, sizes))[0][:M]
 
 
@@ -53,7 +53,7 @@ def weight_gradient(x: Any, dy: Any, w: Any, sizes: Any) -> Any:
             dims = (((0,), (0,)), ((), ()))
             return total + _dot(a, b, dims)
 
-        total = jnp.zeros(w.shape[1:], jnp.float32)
+        total = jnp.zeros_like(w[0], jnp.float32)
         return None, _over_tiles(step, total, first, size, tile, len(x)).astype(w.dtype)
 
     return jax.lax.scan(expert, None, (jnp.cumsum(sizes) - sizes, sizes))[1]

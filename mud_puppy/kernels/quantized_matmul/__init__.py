@@ -17,10 +17,11 @@ from jaxtyping import Array, Float
 from mud_puppy.kernels import choice, selfcheck, target
 from mud_puppy.kernels.arguments import check_kind
 from mud_puppy.kernels.encode import quantize
-from mud_puppy.kernels.formats import Quantized
+from mud_puppy.kernels.formats import Quantized, check_codes
 from mud_puppy.kernels.matmul import matmul
 from mud_puppy.kernels.quantized_matmul import fragment, reference, tile, vector, xla
 from mud_puppy.kernels.quantized_matmul import plan as plans
+from mud_puppy.kernels.varying import alike
 
 __all__ = ["quantized_matmul"]
 
@@ -42,13 +43,14 @@ def quantized_matmul(
             f"quantized_matmul: expected a Quantized weight, got {type(w).__name__}: make one by "
             "quantize(w), or use matmul"
         )
+    check_codes(w)
     if not x.ndim:
         raise ValueError("quantized_matmul: expected x [..., in], got a scalar")
     check_kind("quantized_matmul", "x", x)
     if len(w.shape) != 2 or w.shape[1] != x.shape[-1]:
         raise ValueError(f"expected a weight [out, {x.shape[-1]}], got {w.format} {w.shape}")
     rows: Any = x.reshape(-1, x.shape[-1])
-    y: Any = _product(rows, w, _choose(rows, w, implementation))
+    y: Any = _product(*alike((rows, w)), _choose(rows, w, implementation))
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from mud_puppy.kernels import encode
+from mud_puppy.kernels.quantized_matmul import KERNELS
 from mud_puppy.kernels.quantized_matmul import plan as plans
-from mud_puppy.kernels.quantized_matmul import tile, vector
 
-KERNELS = {"tile": tile, "vector": vector}  # what AMD's plans name
 OUT, IN = 4096, 14336
 VARIANTS: dict[str, dict[str, Any]] = {
     "nf4": {"format": "nf4"},

@@ -62,12 +62,9 @@ def _inputs(x: Any, w: Quantized) -> dict[str, Any]:
         "words": _words(w.codes, stack),
         "scales": _words(w.scales, stack) if w.nested is not None else w.scales.reshape(*stack, -1),
     }
-    if w.nested is not None:
-        table = jnp.asarray(formats.dynamic_map())
-        out |= {"nested": w.nested, "offset": w.offset.reshape(-1), "map": table}
     if w.zeros is not None:
         out["zeros"] = _words(w.zeros, stack)
-    return out | ({} if w.layer is None else {"layer": w.layer.astype(jnp.int32).reshape(1)})
+    return out | operands.nested_and_layer(w)
 
 
 def _words(a: Any, stack: tuple[int, ...]) -> Any:

@@ -29,12 +29,19 @@ def inputs(plan: Plan, x: Any, w: Quantized) -> dict[str, Any]:
     }
     if w.scales.shape[-2] == 1 < N:
         out["scales"] = jnp.broadcast_to(w.scales, (*stack, N, w.scales.shape[-1]))
+    offsets = (("zeros", w.zeros), ("minimum", w.minimum))
+    return out | nested_and_layer(w) | {k: v for k, v in offsets if v is not None}
+
+
+def nested_and_layer(w: Quantized) -> dict[str, Any]:
+    """What decodes doubly quantized scales, and the number of a stack's layer, where w has them."""
+    out = {}
     if w.nested is not None:
         table = jnp.asarray(formats.dynamic_map())
         out |= {"nested": w.nested, "offset": w.offset.reshape(-1), "map": table}
     if w.layer is not None:
         out["layer"] = w.layer.astype(jnp.int32).reshape(1)
-    return out | {k: v for k, v in (("zeros", w.zeros), ("minimum", w.minimum)) if v is not None}
+    return out
 
 
 def lead(refs: dict) -> tuple:

@@ -387,8 +387,15 @@ def test_a_checked_shard_map_gets_xla():
 
 @pytest.mark.parametrize("op", ["cross-entropy", "grouped", "quantized", "keys"])
 def test_a_checked_shard_map_differentiates_what_devices_share(op):
-    """Loops start as their results vary, and gradients of what is common are summed."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    """Loops start as their results vary, and gradients of what is common are summed. On the host's
+    devices, wherever the tests run: two are needed."""
+    with target.use(target.Target("cpu", "cpu")), jax.default_device(jax.devices("cpu")[0]):
+        check_shared_gradients(op)
+
+
+def check_shared_gradients(op):
+    axes, devices = (jax.sharding.AxisType.Auto,), jax.devices("cpu")[:2]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=axes, devices=devices)
     split, common = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     codes = quantize(floats(16, 64))
 
@@ -411,9 +418,8 @@ def test_a_checked_shard_map_differentiates_what_devices_share(op):
     def grads(check):
         g = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=split, check_vma=check)
         first = 1 if op == "quantized" else 0
-        return jax.jit(jax.grad(lambda *args: jnp.sin(g(*args)).sum(), tuple(range(first, 2))))(
-            *args
-        )
+        grad = jax.jit(jax.grad(lambda *args: jnp.sin(g(*args)).sum(), tuple(range(first, 2))))
+        return grad(*jax.device_put(args, jax.sharding.NamedSharding(mesh, common)))
 
     for got, want in zip(grads(True), grads(False), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -107,7 +107,7 @@ def export_run(
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: no run is here (there is no config.yaml)")
     config = Config.load(folder / "config.yaml")
-    if merge and config.method == "full":
+    if merge and not config.adapts:
         raise UserError(f"{folder}: a run of method full has no adapter to merge")
     mesh = make_mesh()  # the devices of here, which may not be those of the run
     with jax.set_mesh(mesh):
@@ -125,7 +125,7 @@ def export_run(
 
 def write_result(config: Config, out: Path, model: Model, params: Tree, tokenizer: Any) -> None:
     """What a run leaves in `out`: a model or an adapter, with the tokenizer."""
-    if config.method == "full":
+    if not config.adapts:
         save_hf(model, params, out, DTYPES[config.precision], tokenizer)
         return
     save_adapter(model, params, out)
@@ -143,7 +143,7 @@ def _tensor(leaf: Any, layer: Any, dtype: np.dtype) -> jax.Array:
     # The layer's number is an argument, not a constant: one compilation serves all layers.
     if layer is not None:
         leaf = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), leaf)
-    return (dense(leaf) if isinstance(leaf, Lora) else leaf).astype(dtype)
+    return (dense(leaf) if is_weight(leaf) else leaf).astype(dtype)
 
 
 def _widest(specs: dict[str, Spec]) -> str:

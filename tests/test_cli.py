@@ -63,6 +63,9 @@ CONTEXT = {
     "adapter_mode": {"adapter": "a"},
     "merge_precision": {"merge_lora": True},
     "tokens_per_batch": {"max_seq_length": 2},
+    "quant_backend": {"method": "qlora"},
+    "quant_group": {"method": "qlora"},
+    "quant_embeddings": {"method": "qlora"},
 }
 
 
@@ -135,15 +138,15 @@ BAD_COMMANDS = {
         ["m", "d", "--output", "o", "--optimizer", "adam"],
         "--optimizer: 'adam' is not",
     ),
-    "later method": (["m", "d", "--output", "o", "--method", "qlora"], "--method: qlora arrives"),
+    "later method": (["m", "d", "--output", "o", "--method", "gptq"], "--method: gptq arrives"),
     "later precision": (
         ["m", "d", "--output", "o", "--precision", "fp8"],
         "--precision: fp8 arrives",
     ),
     "compile": (["m", "d", "--output", "o", "--compile"], "--compile: has no meaning here: every"),
     "quant backend": (
-        ["m", "d", "--quant-backend", "x"],
-        "--quant-backend: arrives with the quant",
+        ["m", "d", "--output", "o", "--method", "qlora", "--quant-backend", "nf5"],
+        "--quant-backend: 'nf5' is not one of nf4",
     ),
     "gptq flag": (["m", "d", "--gptq-actorder"], "--gptq-actorder: belongs to method gptq"),
     "pipeline": (["m", "d", "--output", "o", "--device-map", "pipeline"], "--device-map: pipeline"),

@@ -131,7 +131,7 @@ BAD_VALUES = [
     (
         "method",
         "lroa",
-        "config: method: 'lroa' is not one of full, lora. Did you mean 'lora'?",
+        "config: method: 'lroa' is not one of full, lora, qlora. Did you mean 'lora'?",
     ),
     (
         "gradient_checkpointing",

@@ -33,19 +33,30 @@ from mud_puppy.config.schema import (
 from mud_puppy.config.source import Given, convert_all, from_flags, from_source
 from mud_puppy.errors import UserError, nearest
 
-Method = Literal["full", "lora"]
+Method = Literal["full", "lora", "qlora"]
 Precision = Literal["bf16", "fp32", "fp16"]
 Checkpointing = Literal["none", "full", "attention", "projections"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant"]
-Optimizer = Literal["adamw", "adafactor", "lion", "sgd", "muon"]
+Backend = Literal["nf4", "int4", "int8", "mxfp4", "fp8"]
+Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "lion", "lion_8bit", "sgd", "muon"]
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 MESH_AXES = ("data", "fsdp")
 FULL_LEARNING_RATE = 2e-5
 
-_LORA = Need("method lora", lambda c: c.method == "lora")
+_LORA = Need("method lora or qlora", lambda c: c.adapts)
 _NEW_ADAPTER = Need(
-    "a new adapter: method lora, and adapter_mode stack if adapter is set (continue keeps its own)",
-    lambda c: c.method == "lora" and (c.adapter is None or c.adapter_mode == "stack"),
+    "a new adapter: method lora or qlora, and adapter_mode stack if adapter is set (continue keeps "
+    "its own)",
+    lambda c: c.adapts and (c.adapter is None or c.adapter_mode == "stack"),
+)
+_QLORA = Need("method qlora", lambda c: c.method == "qlora")
+_GROUPS = Need(
+    "method qlora with quant_backend nf4, int4, int8 or fp8 (mxfp4's is 32)",
+    lambda c: c.method == "qlora" and c.quant_backend != "mxfp4",
+)
+_NF4 = Need(
+    "method qlora with quant_backend nf4",
+    lambda c: c.method == "qlora" and c.quant_backend == "nf4",
 )
 _ADAPTER = Need("adapter", lambda c: c.adapter is not None)
 _MERGE = Need("merge_lora", lambda c: c.merge_lora)
@@ -60,7 +71,7 @@ _RESTARTS = Need(
     "lr_scheduler cosine_with_restarts", lambda c: c.lr_scheduler == "cosine_with_restarts"
 )
 _POLYNOMIAL = Need("lr_scheduler polynomial", lambda c: c.lr_scheduler == "polynomial")
-_ADAMW = Need("optimizer adamw", lambda c: c.optimizer == "adamw")
+_ADAMW = Need("optimizer adamw or adamw_8bit", lambda c: c.optimizer in ("adamw", "adamw_8bit"))
 _SAMPLES = Need("sample_prompts", lambda c: c.sample_prompts != 0)
 
 
@@ -117,6 +128,7 @@ _run = partial(key, "run")
 _data = partial(key, "data")
 _train = partial(key, "training")
 _lora = partial(key, "LoRA")
+_quant = partial(key, "quantization")
 _devices = partial(key, "devices")
 
 
@@ -218,8 +230,23 @@ class Config:
         None, "type of the merged model; null: that of precision", needs=_MERGE
     )
 
+    quant_backend: Backend = _quant("nf4", "format of the base model's weights", needs=_QLORA)
+    quant_group: int | None = _quant(
+        None,
+        "weights that share a scale; null: 64 (nf4, int4) or a row (int8, fp8)",
+        AT_LEAST_2,
+        needs=_GROUPS,
+    )
+    quant_double: bool = _quant(True, "nf4's scales in 8 bits too", needs=_NF4)
+    quant_embeddings: bool = _quant(False, "embedding and head in int8 too", needs=_QLORA)
+
     mesh: str | None = _devices(None, "axes and sizes (null: fsdp over all local devices)", _MESH)
     device_map: Literal["auto"] = _devices("auto", "auto: all local devices", needs=_NO_MESH)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are what trains."""
+        return self.method in ("lora", "qlora")
 
     @staticmethod
     def load(

@@ -12,7 +12,6 @@ _PREFERENCE = "arrives with the preference and reward-model issue (#7)"
 _GPTQ = f"belongs to method gptq, which {_QUANTIZATION}"
 
 VALUES: dict[tuple[str, str], str] = {
-    ("method", "qlora"): f"{_QUANTIZATION}; use lora",
     ("method", "gptq"): _QUANTIZATION,
     ("method", "qat"): _QUANTIZATION,
     ("method", "preference"): _PREFERENCE,
@@ -26,7 +25,6 @@ VALUES: dict[tuple[str, str], str] = {
 
 KEYS: dict[str, str] = {
     "preference": _PREFERENCE,
-    "quant_backend": _QUANTIZATION,
     "compile": "has no meaning here: every step is already compiled by XLA; remove it",
     "stream": "arrives with the scaling issue; remove it",
     "prefetch_layers": "belongs to stream, which arrives with the scaling issue; remove it",

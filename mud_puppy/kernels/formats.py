@@ -9,7 +9,7 @@ so that slicing along `out` slices every leaf but the few numbers of doubly quan
     int4          two a byte, c in 0..15          (c - zero) * scale, or c * scale + minimum;
                                                   zero is 8 when neither is stored
     mxfp4         two a byte, E2M1                E2M1[c] * 2^(scale - 127)   (OCP MX 1.0)
-    int8          int8                            c * scale
+    int8          int8                            c * scale, or (c - zero) * scale
     fp8_e4m3fn, fp8_e5m2, fp8_e4m3fnuz, fp8_e5m2fnuz   the float8's bits, uint8     c * scale
 
 Two a byte: the high nibble is the even element, as bitsandbytes packs. Where the size of a row is a
@@ -56,7 +56,7 @@ class Quantized:
         codes      uint8 [..., out, in / 2] for PACKED formats; int8 or uint8 [..., out, in]
         scales     [..., out, groups] float (mxfp4: uint8 exponents; doubly quantized: uint8 codes);
                    [..., 1, 1] for one scale of the whole weight
-        zeros      int4 only: uint8 [..., out, groups] zero points, or None
+        zeros      int4: uint8, int8: int8 [..., out, groups] zero points, or None
         minimum    int4 only: float [..., out, groups], the value of code 0 (GGUF's Q4_1), or None
         nested     doubly quantized scales only: float32 [..., ceil(out * groups / 256)], the absmax
                    of each 256 scales in row order

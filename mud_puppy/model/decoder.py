@@ -77,22 +77,31 @@ def decode(
     dtype: Any = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Hidden states after the final norm, in `dtype` (None: the embedding's own), and the cache."""
-    tokens = inputs.tokens
-    positions = inputs.positions
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = split_lookup(embed(params["embed"], tokens))
-    if inputs.embeds is not None:
-        given = inputs.embeds[jnp.maximum(inputs.embed_index, 0)].astype(x.dtype)
-        x = jnp.where(inputs.embed_index[..., None] >= 0, given, x)
-    x = split_batch(x if dtype is None else x.astype(dtype))
-    cos, sin = rope_tables(arch.rope, positions, inputs.segment_ids)
-    context = Context(arch, positions, inputs.segment_ids, cos, sin)
+    x, context = begin(arch, params, inputs, dtype)
     for group, start in spans(params):
         windows = arch.windows[start : start + len(group)]
         layers = partial(_period, context, windows)
         x, cache = run_layers(layers, group, x, cache, start)
     return rms_norm(x, params["final_norm"], arch.norm_eps), cache
+
+
+def begin(
+    arch: Arch, params: Tree, inputs: Inputs, dtype: Any = None
+) -> tuple[Float[Array, "B T D"], Context]:
+    """What the first layer reads, and what every layer does."""
+    x = split_lookup(embed(params["embed"], inputs.tokens))
+    if inputs.embeds is not None:
+        given = inputs.embeds[jnp.maximum(inputs.embed_index, 0)].astype(x.dtype)
+        x = jnp.where(inputs.embed_index[..., None] >= 0, given, x)
+    return split_batch(x if dtype is None else x.astype(dtype)), make_context(arch, inputs)
+
+
+def make_context(arch: Arch, inputs: Inputs) -> Context:
+    positions = inputs.positions
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(inputs.tokens.shape[1]), inputs.tokens.shape)
+    cos, sin = rope_tables(arch.rope, positions, inputs.segment_ids)
+    return Context(arch, positions, inputs.segment_ids, cos, sin)
 
 
 def scan_layers(
@@ -142,11 +151,11 @@ def _period(
 ) -> tuple[Array, Cache | None]:
     """One repeat of a group's pattern; `layer` is the number of its first layer."""
     for j, (p, window) in enumerate(zip(blocks, windows, strict=True)):
-        x, cache = _block(context, window, p, x, cache, layer + j)
+        x, cache = run_block(context, window, p, x, cache, layer + j)
     return x, cache
 
 
-def _block(
+def run_block(
     context: Context,
     window: int | None,
     p: Tree,
@@ -154,6 +163,7 @@ def _block(
     cache: Cache | None,
     layer: Array,
 ) -> tuple[Array, Cache | None]:
+    """One layer of params p (not stacked); `layer` is its number, which the cache goes by."""
     arch = context.arch
     h = rms_norm(x, p["attn_norm"], arch.norm_eps)
     h, cache = _attention(context, window, p["self_attn"], h, cache, layer)

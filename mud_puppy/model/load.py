@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mud_puppy.errors import UserError, nearest
 from mud_puppy.model.arch import Arch
@@ -24,6 +24,7 @@ from mud_puppy.model.names import flatten, hf_names, unflatten
 from mud_puppy.model.read import blocks, read_leaf
 from mud_puppy.model.tensors import DTYPES, Stored
 from mud_puppy.parallel import shardings
+from mud_puppy.weights.tree import stack
 
 Tree = Any
 Tensors = dict[str, Stored]
@@ -39,9 +40,11 @@ def load(
     """(model, params) from a folder of safetensors, a GGUF file or a hub id.
 
     dtype: of every leaf; None keeps what is stored (GGUF: float32). mesh: shards the leaves by
-    `parallel.rules`. on_leaf(path, array) replaces each finished leaf, e.g. by a quantized one;
-    paths look like "layers/0/0/self_attn/q_proj/weight". trust_remote_code reaches the config
-    only. Whatever is wrong with the files is a UserError that names file and tensor.
+    `parallel.rules`. on_leaf(path, array) replaces each tensor as it is read, e.g. by codes: paths
+    look like "layers/0/0/self_attn/q_proj/weight", and come once for each layer of a stack, with
+    the array of that layer; what is returned (arrays, or trees of one structure) is stacked, so
+    that memory holds the result and one layer. trust_remote_code reaches the config only. Whatever
+    is wrong with the files is a UserError that names file and tensor.
     """
     check_dtype(dtype)
     path = find_model(source, code=trust_remote_code)
@@ -57,9 +60,21 @@ def load(
     leaves = {}
     for leaf, struct in structs.items():
         parts = [tensors[name] for name in names[leaf]]
-        array = read_leaf(parts, struct.shape, dtype, over.get(leaf))
-        leaves[leaf] = array if on_leaf is None else on_leaf(leaf, array)
-    return model, unflatten(shapes, leaves)
+        if on_leaf is None:
+            leaves[leaf] = read_leaf(parts, struct.shape, dtype, over.get(leaf))
+            continue
+        place = over.get(leaf)
+        if not leaf.startswith("layers/"):
+            leaves[leaf] = on_leaf(leaf, read_leaf(parts, struct.shape, dtype, place))
+            continue
+        # A layer at a time, and each put into the stack: the whole is never here twice.
+        place = place and NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+        layers = (read_leaf([part], struct.shape[1:], dtype, place) for part in parts)
+        leaves[leaf] = stack((on_leaf(leaf, x) for x in layers), len(parts))
+    params = unflatten(shapes, leaves)
+    if mesh is not None and on_leaf is not None:
+        params = jax.device_put(params, shardings(mesh, axes(arch), params))
+    return model, params
 
 
 def abstract(

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from mud_puppy.kernels import Quantized
-from mud_puppy.weights import Lora, is_weight
+from mud_puppy.weights import FakeQuant, Fp8, Int8Dynamic, Lora, is_weight
 
 Tree = Any
 log = logging.getLogger("mud_puppy")
@@ -81,6 +81,14 @@ def _leaf(mesh: Mesh, axes: tuple[str, ...], w: Any) -> Any:
         # A doubly quantized scale's absmax is shared by 256 scales of whatever rows: one copy each.
         own = None if w.nested is None else part(w.nested, "rank")
         return replace(w, **split, nested=own, offset=part(w.offset))
+    if isinstance(w, Fp8):
+        base = None if w.base is None else _leaf(mesh, axes, w.base)
+        return replace(w, base=base, scale=part(w.scale))
+    if isinstance(w, FakeQuant | Int8Dynamic):
+        w = replace(w, base=None if w.base is None else _leaf(mesh, axes, w.base))
+        if isinstance(w, Int8Dynamic):
+            return w
+        return replace(w, range=part(w.range, out_axis, in_axis))
     assert isinstance(w, Lora)
     return replace(
         w,
@@ -118,7 +126,7 @@ def split_lookup(x: Array) -> Array:
 
 def like(leaf_shardings: Tree, shapes: Tree, otherwise: NamedSharding) -> Tree:
     """Shardings for a tree that repeats another tree inside it (optimizer moments): a leaf at the
-    same inner path gets the same sharding when its rank allows it, others get `otherwise`."""
+    same inner path gets the same sharding when its shape allows it, others get `otherwise`."""
     table = {
         jax.tree_util.keystr(path): sharding
         for path, sharding in jax.tree.leaves_with_path(leaf_shardings)
@@ -127,9 +135,17 @@ def like(leaf_shardings: Tree, shapes: Tree, otherwise: NamedSharding) -> Tree:
     def find(path: tuple, leaf: Any) -> NamedSharding:
         inner = (table.get(jax.tree_util.keystr(path[i:])) for i in range(len(path)))
         found = next((sharding for sharding in inner if sharding is not None), otherwise)
-        return found if len(found.spec) <= len(leaf.shape) else otherwise
+        return found if _divides(found, leaf.shape) else otherwise
 
     return jax.tree.map_with_path(find, shapes)
+
+
+def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    """Whether every dimension that is split is a multiple of its devices (of RULES: one axis)."""
+    spec = sharding.spec
+    return len(spec) <= len(shape) and not any(
+        size % sharding.mesh.shape[axis] for axis, size in zip(spec, shape, strict=False) if axis
+    )
 
 
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:

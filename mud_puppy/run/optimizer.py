@@ -1,8 +1,8 @@
 """Optimizers from optax, as one transformation over the trained leaves.
 
-Norms and biases are not decayed (as in transformers' Trainer). LoRA+ (arXiv:2402.12354) multiplies
-the whole update of every `b`. Stacked layers are one leaf [n, out, in]; Adafactor clips and Muon
-orthogonalises each matrix of the stack on its own.
+Norms and biases are not decayed (as in transformers' Trainer), nor are learned ranges. LoRA+
+(arXiv:2402.12354) multiplies the whole update of every `b`. Stacked layers are one leaf
+[n, out, in]; Adafactor clips and Muon orthogonalises each matrix of the stack on its own.
 """
 
 from typing import Any
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
+
+from mud_puppy.run.eight_bit import scale_by_adam_8bit, scale_by_lion_8bit
 
 Tree = Any
 
@@ -26,7 +28,8 @@ def make_optimizer(
     epsilon: float = 1e-8,
     loraplus_lr_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
-    """name: adamw, adafactor, lion, sgd or muon; beta1, beta2 and epsilon are adamw's.
+    """name: adamw, adafactor, lion, sgd or muon, adamw_8bit or lion_8bit; beta1, beta2 and epsilon
+    are adamw's and adamw_8bit's.
 
     Clipping is the step's, which reports the norm before it.
     """
@@ -45,7 +48,9 @@ def _rules(train: Tree, beta1: float, beta2: float, epsilon: float) -> dict[str,
         # Not scaled by the parameter's size (transformers' Trainer neither): a fresh B is zero and
         # would move by 1e-3 of the rate.
         "adafactor": optax.chain(optax.scale_by_factored_rms(), _clip_rms()),
+        "adamw_8bit": scale_by_adam_8bit(beta1, beta2, epsilon),
         "lion": optax.scale_by_lion(),
+        "lion_8bit": scale_by_lion_8bit(b1=0.9, b2=0.99),
         "sgd": optax.identity(),
         "muon": _muon(train),
     }
@@ -66,7 +71,7 @@ def _muon(train: Tree) -> optax.GradientTransformation:
     """Muon for the matrices of the layers, Adam for embedding, head, norms and biases."""
     matrix = contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
     labels = jax.tree.map_with_path(
-        lambda path, x: "muon" if "layers" in _names(path) and x.ndim == 3 else "adam", train
+        lambda path, x: "muon" if _is_stack_of_matrices(path, x) else "adam", train
     )
     dims = jax.tree.map(lambda label: matrix if label == "muon" else optax.MaskedNode(), labels)
     return optax.partition(
@@ -79,6 +84,12 @@ def _muon(train: Tree) -> optax.GradientTransformation:
         },
         labels,
     )
+
+
+def _is_stack_of_matrices(path: tuple, x: jax.Array) -> bool:
+    """Not so the learned ranges of a `FakeQuant`, [n, out, groups]."""
+    names = _names(path)
+    return "layers" in names and x.ndim == 3 and names[-1] != "range"
 
 
 def _like_adam(update: jax.Array) -> jax.Array:
@@ -98,7 +109,7 @@ def _scale_b(ratio: float) -> optax.GradientTransformation:
 
 def _decayed(path: tuple, leaf: Any) -> bool:
     name = _names(path)[-1]
-    return not (name.endswith("norm") or name == "bias")
+    return not (name.endswith("norm") or name in ("bias", "range"))
 
 
 def _names(path: tuple) -> list[str]:

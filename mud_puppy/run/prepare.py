@@ -25,6 +25,7 @@ from mud_puppy.run.schedule import schedule
 from mud_puppy.run.step import State, init_state, make_eval, make_step
 from mud_puppy.weights import (
     Lora,
+    Scheme,
     add_lora,
     check_savable,
     combine,
@@ -34,6 +35,7 @@ from mud_puppy.weights import (
     match_targets,
     module_names,
     partition,
+    quantizer,
     with_dropout,
 )
 
@@ -61,15 +63,20 @@ class Prepared:
 def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
     """The model in the run's precision, with the adapters that the config asks for.
 
-    Weights that train are float32 (masters); what does not is stored as it is computed with.
+    Weights that train are float32 (masters); what does not is stored as it is computed with, or
+    (qlora) in codes, made as each tensor is read.
     """
     dtype = DTYPES[config.precision]
-    stored = "float32" if config.method == "full" else dtype
+    stored = dtype if config.adapts else "float32"
     model, params = load(
-        config.model, dtype=stored, mesh=mesh, trust_remote_code=config.trust_remote_code
+        config.model,
+        dtype=stored,
+        mesh=mesh,
+        on_leaf=quantizer(_scheme(config)) if config.method == "qlora" else None,
+        trust_remote_code=config.trust_remote_code,
     )
     model = replace(model, dtype=dtype)
-    if config.method == "full":
+    if not config.adapts:
         return model, params
     if config.adapter is not None:
         params = load_adapter(params, config.adapter)
@@ -90,9 +97,15 @@ def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
     return model, jax.device_put(params, shardings(mesh, axes(model.arch), params))
 
 
+def _scheme(config: Config) -> Scheme:
+    eight = "int8" if config.quant_embeddings else None
+    double = config.quant_backend == "nf4" and config.quant_double
+    return Scheme(config.quant_backend, config.quant_group, double=double, embed=eight, head=eight)
+
+
 def check_targets(config: Config, shapes: Tree) -> None:
     """UserError for LoRA targets that this model (shapes as of `abstract`) does not have."""
-    if config.method == "lora" and (config.adapter is None or config.adapter_mode == "stack"):
+    if config.adapts and (config.adapter is None or config.adapter_mode == "stack"):
         match_targets(module_names(shapes), config.lora_targets)
 
 

@@ -1,6 +1,6 @@
 """What a weight can be: an array, or a struct that knows its own format.
 
-    Weight = Array | Quantized | Lora        (FakeQuant joins with the quantization issue)
+    Weight = Array | Quantized | Int8Dynamic | Lora | FakeQuant | Fp8
 
 A layer never asks which one it has: `linear(x, w)` does. `Lora(base=Lora(...))` is a frozen adapter
 under a new one; only the outermost adapter trains, and that not when it is marked `frozen`.
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from mud_puppy.kernels import Quantized
+from mud_puppy.kernels.fp8 import Float8
 
 
 @jax.tree_util.register_dataclass
@@ -41,11 +42,60 @@ class Lora:
     frozen: bool = field(default=False, metadata={"static": True})
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fp8:
+    """A weight whose products are float8's (`kernels.fp8`); made by `fp8`.
+
+    Shapes, each behind the leading layer axis when the weight is stacked:
+
+        base    float array [..., out, in] that trains and is rounded in every step, or a Quantized
+                of `types.forward` whose codes are multiplied as they are
+        scale   float32 [...], the scale of an array base in this step (`with_scales`), or None to
+                find it at each product
+        types   static
+    """
+
+    base: Any
+    scale: Any = None
+    types: Float8 = field(default=Float8("float8_e4m3fn", "float8_e5m2"), metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FakeQuant:
+    """A float weight whose products are with its values on a grid (`rounding`); `fake_quant` makes
+    it.
+
+        base         float array [..., out, in], or a Lora over one: the merged weight is rounded
+        range   float32 [..., out, groups], learned, or None: from the weight at each product
+        format       static: "int8" or "int4"
+        group        static: inputs that share a scale, None for a row
+        activations  static: "none", or "int8": each token's input is rounded too
+    """
+
+    base: Any
+    range: Any = None
+    format: str = field(default="int8", metadata={"static": True})
+    group: int | None = field(default=None, metadata={"static": True})
+    activations: str = field(default="none", metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8Dynamic:
+    """A Quantized of int8 or int4 whose input is rounded to int8, a scale for each token, so that
+    the products are of integers (`int8_dynamic`)."""
+
+    base: Any
+
+
 def is_weight(leaf: Any) -> bool:
     """For `tree.map(..., is_leaf=is_weight)`: stops at a weight instead of entering it."""
-    return isinstance(leaf, Lora | Quantized)
+    return isinstance(leaf, Lora | FakeQuant | Fp8 | Int8Dynamic | Quantized)
 
 
 def base_of(weight: Any) -> Any:
     """The array or Quantized under all adapters."""
-    return base_of(weight.base) if isinstance(weight, Lora) else weight
+    wrapped = isinstance(weight, Lora | FakeQuant | Fp8 | Int8Dynamic)
+    return base_of(weight.base) if wrapped else weight

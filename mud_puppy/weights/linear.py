@@ -5,6 +5,7 @@ cross-entropy's head) serve adapters without importing this room.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mud_puppy.kernels import Quantized, dequantize, matmul
-from mud_puppy.weights.leaf import Lora
+from mud_puppy.kernels.formats import decoded_scales
+from mud_puppy.weights.leaf import FakeQuant, Fp8, Int8Dynamic, Lora
+from mud_puppy.weights.rounding import round_weight
 
 
 def linear(x: Float[Array, "*B n"], w: Any) -> Float[Array, "*B m"]:
@@ -32,10 +35,22 @@ def linears(x: Float[Array, "*B n"], ws: Sequence[Any]) -> list[Float[Array, "*B
 
 def embed(w: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of the embedding w [V, D]."""
+    if isinstance(w, Quantized):
+        return _decoded_rows(w, tokens)
     if not isinstance(w, Lora):
         return w[tokens]
     base = embed(w.base, tokens)
     return base + (w.scale * (w.b[tokens] @ w.a)).astype(base.dtype)
+
+
+def _decoded_rows(w: Quantized, rows: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    if w.nested is not None:
+        w = replace(w, scales=decoded_scales(w), nested=None, offset=None)
+
+    def take(x: Array) -> Array:
+        return x if x.shape[0] == 1 else x[rows]  # one scale for all rows
+
+    return dequantize(jax.tree.map(take, w))
 
 
 def lora_delta(w: Lora) -> Float[Array, "... out in"]:
@@ -47,6 +62,10 @@ def lora_delta(w: Lora) -> Float[Array, "... out in"]:
 
 def dense(w: Any) -> Float[Array, "... out in"]:
     """The plain matrix that w stands for: float32 where codes were decoded or an adapter added."""
+    if isinstance(w, Fp8 | Int8Dynamic):
+        return dense(w.base)
+    if isinstance(w, FakeQuant):
+        return round_weight(dense(w.base), w.range, w.format, w.group)
     if isinstance(w, Quantized):
         return dequantize(w, jnp.float32)
     if not isinstance(w, Lora):

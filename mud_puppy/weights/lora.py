@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from mud_puppy.errors import UserError, nearest
-from mud_puppy.weights.leaf import Lora, base_of, is_weight
+from mud_puppy.weights.leaf import FakeQuant, Lora, base_of, is_weight
 from mud_puppy.weights.linear import dense
 from mud_puppy.weights.tree import Tree, map_modules, module_names
 
@@ -59,26 +59,28 @@ def add_lora(
     return map_modules(adapt, chosen.__contains__, params)
 
 
-def match_targets(names: list[str], targets: str | Sequence[str]) -> frozenset[str]:
-    """The module names that `targets` selects; see `add_lora`."""
+def match_targets(
+    names: list[str], targets: str | Sequence[str], of: str = "LoRA"
+) -> frozenset[str]:
+    """The module names that `targets` selects; see `add_lora`. of: whose targets, for messages."""
     if targets == ALL_LINEAR:
         return frozenset(name for name in names if ".layers." in name)
     targets = [targets] if isinstance(targets, str) else list(targets)
-    hits = {target: [n for n in names if _matches(n, target)] for target in targets}
+    hits = {target: [n for n in names if _matches(n, target, of)] for target in targets}
     if missing := [target for target, found in hits.items() if not found]:
         known = sorted({name.split(".")[-1] for name in names})
         if "lm_head" in missing and "lm_head" not in known:
             raise UserError(
-                "LoRA target 'lm_head': this model's head is tied to its embedding; leave it out"
+                f"{of} target 'lm_head': this model's head is tied to its embedding; leave it out"
             )
         raise UserError(
-            f"LoRA target '{missing[0]}' matches no module.{nearest(missing[0], known)} "
+            f"{of} target '{missing[0]}' matches no module.{nearest(missing[0], known)} "
             f"Modules: {', '.join(known)}"
         )
     chosen = frozenset(name for found in hits.values() for name in found)
     if "model.embed_tokens" in chosen and "lm_head" not in names:
         raise UserError(
-            "LoRA target 'embed_tokens': this model's embedding is tied to its head; leave it out"
+            f"{of} target 'embed_tokens': this model's embedding is tied to its head; leave it out"
         )
     return chosen
 
@@ -87,6 +89,8 @@ def merge_lora(params: Tree) -> Tree:
     """Every adapter added into its base, in the base's dtype (summed in float32)."""
 
     def merge(w: Any) -> Any:
+        if isinstance(w, FakeQuant):
+            return replace(w, base=merge(w.base))
         return dense(w).astype(base_of(w).dtype) if isinstance(w, Lora) else w
 
     return jax.tree.map(merge, params, is_leaf=is_weight)
@@ -96,6 +100,8 @@ def strip_lora(params: Tree) -> Tree:
     """The model without the adapters that train; shares every buffer."""
 
     def strip(w: Any) -> Any:
+        if isinstance(w, FakeQuant):
+            return replace(w, base=strip(w.base))
         return w.base if isinstance(w, Lora) and not w.frozen else w
 
     return jax.tree.map(strip, params, is_leaf=is_weight)
@@ -105,6 +111,8 @@ def freeze_lora(params: Tree) -> Tree:
     """Marks the adapters of `params` as part of the model: only those added later train."""
 
     def freeze(w: Any) -> Any:
+        if isinstance(w, FakeQuant):
+            return replace(w, base=freeze(w.base))
         return replace(w, frozen=True) if isinstance(w, Lora) else w
 
     return jax.tree.map(freeze, params, is_leaf=is_weight)
@@ -143,10 +151,10 @@ def _full(stack: list[int], scale: float) -> Array:
     return jnp.full(tuple(stack), scale, jnp.float32)
 
 
-def _matches(name: str, target: str) -> bool:
+def _matches(name: str, target: str, of: str) -> bool:
     if name == target or name.endswith("." + target):
         return True
     try:
         return re.fullmatch(target, name) is not None
     except re.error as error:
-        raise UserError(f"LoRA target '{target}' is no regular expression: {error}") from None
+        raise UserError(f"{of} target '{target}' is no regular expression: {error}") from None

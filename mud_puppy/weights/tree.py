@@ -6,14 +6,18 @@ of groups, a group a list of p blocks whose leaves are stacked over n repeats; l
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from mud_puppy.kernels import Quantized
-from mud_puppy.weights.leaf import Lora, is_weight
+from mud_puppy.weights.leaf import FakeQuant, Fp8, Int8Dynamic, Lora, is_weight
 
 Tree = Any
 
@@ -37,10 +41,35 @@ def at_repeat(group: list[Tree], r: Any) -> list[Tree]:
 def _at_repeat(w: Any, r: Any) -> Any:
     if isinstance(w, Quantized):
         return replace(w, layer=r)
-    if isinstance(w, Lora):
+    if isinstance(w, Lora | FakeQuant | Fp8 | Int8Dynamic):
         own = jax.tree.map(lambda x: _at_repeat(x, r), replace(w, base=None))
         return replace(own, base=_at_repeat(w.base, r))
     return jax.lax.dynamic_index_in_dim(w, r, keepdims=False)
+
+
+def stack(layers: Iterable[Tree], n: int) -> Tree:
+    """n trees of one structure as one with a leading axis, each dropped when it is in its place."""
+    whole: Tree = None
+    for r, layer in enumerate(layers):
+        if whole is None:
+            whole = jax.tree.map(partial(_stack_of, n), layer)
+        whole = _put(whole, layer, r)
+    return whole
+
+
+def _stack_of(n: int, x: Array) -> Array:
+    """Zeros [n, *x.shape] on x's devices."""
+    place = x.sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec(None, *place.spec))
+    return jnp.zeros((n, *x.shape), x.dtype, device=place)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(whole: Tree, layer: Tree, r: Any) -> Tree:
+    return jax.tree.map(
+        lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, r, 0), whole, layer
+    )
 
 
 def spans(params: Tree) -> Iterator[tuple[list[Tree], int]]:
@@ -133,10 +162,11 @@ def partition(params: Tree) -> tuple[Tree, Tree]:
     """(train, frozen), each the tree of `params` with None where the other has the leaf.
 
     With adapters in the tree, the outermost adapters train (a, b, magnitude), unless they are
-    marked frozen, and all else is frozen; without any, everything trains.
+    marked frozen, and the learned ranges of a `FakeQuant`, and all else is frozen; without any,
+    everything trains.
     """
     leaves = jax.tree.leaves(params, is_leaf=is_weight)
-    if not any(isinstance(leaf, Lora) for leaf in leaves):
+    if not any(isinstance(_under_rounding(leaf), Lora) for leaf in leaves):
         return params, jax.tree.map(lambda x: None, params)
     train = jax.tree.map(_train_part, params, is_leaf=is_weight)
     frozen = jax.tree.map(_frozen_part, params, is_leaf=is_weight)
@@ -150,7 +180,13 @@ def combine(train: Tree, frozen: Tree) -> Tree:
     )
 
 
+def _under_rounding(w: Any) -> Any:
+    return w.base if isinstance(w, FakeQuant) else w
+
+
 def _train_part(w: Any) -> Any:
+    if isinstance(w, FakeQuant):
+        return replace(w, base=_train_part(w.base))
     if not isinstance(w, Lora):
         return None
     if w.frozen:
@@ -159,6 +195,8 @@ def _train_part(w: Any) -> Any:
 
 
 def _frozen_part(w: Any) -> Any:
+    if isinstance(w, FakeQuant):
+        return replace(w, base=_frozen_part(w.base), range=None)
     if not isinstance(w, Lora) or w.frozen:
         return w
     return replace(w, a=None, b=None, magnitude=None)

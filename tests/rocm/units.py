@@ -3,7 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from mud_puppy.kernels import Quantized
 from mud_puppy.kernels import pallas as pl
+from mud_puppy.kernels.formats import FP8
+from mud_puppy.weights import Fp8, fp8_types, linear
 
 
 def product(size: int = 512, block: int = 32, name: str = "product", along_k: bool = True):
@@ -117,3 +120,21 @@ def nested(size: int = 1024, block: int = 32, known: bool = True, told: int = 0)
     x = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
     args = (jax.ShapeDtypeStruct((1,), jnp.int32), x, x)
     return (call, args, told) if told else (call, args)
+
+
+def fp8_linear(frozen: bool = True, emulated: bool = False, m: int = 2048, n: int = 4096):
+    """A linear of float8 weights, forward and backward, in the target's own float8."""
+    types = fp8_types(emulated)
+    name = next(k for k, dtype in FP8.items() if jnp.dtype(dtype) == types.forward)
+    x, w = jax.ShapeDtypeStruct((m, n), jnp.bfloat16), jax.ShapeDtypeStruct((n, n), jnp.float32)
+    codes = jax.ShapeDtypeStruct((n, n), jnp.uint8)
+    coded = Quantized(codes, jax.ShapeDtypeStruct((1, 1), jnp.float32), format=name)
+
+    def products(x, w, g):
+        if frozen:
+            y, pull = jax.vjp(lambda x: linear(x, Fp8(w, types=types)), x)
+        else:
+            y, pull = jax.vjp(lambda x, w: linear(x, Fp8(w, types=types)), x, w)
+        return y, pull(g)
+
+    return products, (x, coded if frozen else w, x)

@@ -47,6 +47,8 @@ def plan(x: Any, w: Quantized, tiles: dict[str, int] | None = None) -> Plan | st
     if N % 16:
         return f"{N} rows have no tile of 16 or more"
     offsets = w.zeros is not None or w.minimum is not None
+    if offsets and w.format != "int4":
+        return f"{w.format} with zero points"
     row_scales = w.scales.shape[-1] == 1 and not offsets and w.format not in formats.PACKED
     span = min(SPAN, (K & -K) if row_scales else (w.group & -w.group))
     if span // decode.per_word(w.format) < 8:

@@ -1,0 +1,150 @@
+"""config.json's `quantization_config` of compressed-tensors, written and read.
+
+Source: https://github.com/vllm-project/compressed-tensors at 0.20, quantization/quant_config.py and
+utils/match.py. What this project does not read (floats, blocks, static activations, sparsity,
+quantized caches) is refused by name, never skipped.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mud_puppy.errors import UserError
+from mud_puppy.model.compressed_tensors import Scheme
+
+Config = Mapping[str, Any]
+
+_PACKED = {"pack-quantized": True, "int-quantized": False, "naive-quantized": False}
+
+
+def quantization_config(schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
+    """config.json's `quantization_config` for the linear modules of a model by their HF names.
+
+    None: stored as it is, which a head always is unless named (a tied head is a module too).
+    """
+    modules = {"lm_head": None, **schemes}
+    kinds = sorted({s for s in modules.values() if s is not None}, key=repr)
+    if not kinds:
+        raise UserError("no module is quantized: there is nothing for compressed-tensors to say")
+    groups = {}
+    for i, scheme in enumerate(kinds):
+        names = ["Linear"] if len(kinds) == 1 else [m for m, s in modules.items() if s == scheme]
+        groups[f"group_{i}"] = _group(scheme, names)
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "config_groups": groups,
+        "ignore": [name for name, scheme in modules.items() if scheme is None],
+    }
+
+
+def scheme_for(config: Config, module: str) -> Scheme | None:
+    """The scheme of a module (its HF name) by a `quantization_config`; None: it is not quantized.
+
+    Targets and ignored modules are names, "re:" and an expression that the name begins with, or the
+    class (Linear or Embedding). UserError for what this project does not read.
+    """
+    _check_whole(config)
+    if any(_named(module, entry) or _class(module) == entry for entry in config["ignore"] or ()):
+        return None
+    groups = {t: group for group in config["config_groups"].values() for t in _targets(group)}
+    # A name goes before an expression, and both before the class.
+    hits = [t for t in sorted(groups, key=lambda t: ("re:" in t, t)) if _named(module, t)]
+    hits += [t for t in groups if t == _class(module)]
+    return _scheme(groups[hits[0]], config) if hits else None
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": {"row": "channel", "tensor": "tensor"}.get(str(scheme.group), "group"),
+        "group_size": scheme.group if isinstance(scheme.group, int) else None,
+        "dynamic": False,
+    }
+    tokens = {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token",
+        "group_size": None,
+        "dynamic": True,
+    }
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": None if scheme.activations == "none" else tokens,
+        "output_activations": None,
+        "format": "pack-quantized" if scheme.packed else "int-quantized",
+    }
+
+
+def _check_whole(config: Config) -> None:
+    """What concerns the model as a whole, and is not read here."""
+    if (status := config.get("quantization_status")) != "compressed":
+        raise UserError(f"quantization_status is '{status}': only compressed weights are read")
+    for name in ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"):
+        value = config.get(name)
+        if value and not (name == "sparsity_config" and value.get("format") == "dense"):
+            raise UserError(f"quantization_config has a {name}, which is not supported")
+
+
+def _targets(group: Any) -> list[str]:
+    if not isinstance(group, Mapping):
+        raise UserError(f"a config group is a preset's targets {group}: write the scheme out")
+    return list(group["targets"])
+
+
+def _scheme(group: Config, config: Config) -> Scheme | None:
+    weights, inputs = group.get("weights"), group.get("input_activations")
+    if weights is None:
+        return None
+    format = group.get("format") or config.get("format")
+    strategy = weights.get("strategy") or _strategy(weights.get("group_size"))
+    _require("format", format, list(_PACKED))
+    _require("weights type", weights.get("type", "int"), ["int"])
+    _require("weights num_bits", weights.get("num_bits", 8), [4, 8])
+    _require("weights strategy", strategy, ["tensor", "channel", "group"])
+    _require("weights dynamic", weights.get("dynamic", False), [False])
+    _require("weights actorder", weights.get("actorder"), [None, False, "weight", "static"])
+    _require("output_activations", group.get("output_activations"), [None])
+    if inputs is not None:
+        _require("input_activations type", inputs.get("type", "int"), ["int"])
+        _require("input_activations num_bits", inputs.get("num_bits", 8), [8])
+        _require("input_activations symmetric", inputs.get("symmetric", True), [True])
+        _require("input_activations dynamic", inputs.get("dynamic", False), [True])
+        _require("input_activations strategy", inputs.get("strategy"), ["token"])
+    bits, symmetric = weights.get("num_bits", 8), weights.get("symmetric", True)
+    if bits == 8:
+        _require("int8 weights symmetric", symmetric, [True])
+    if not symmetric:
+        _require("asymmetric weights strategy", strategy, ["channel", "group"])
+    sizes = {"tensor": "tensor", "channel": "row", "group": weights.get("group_size")}
+    activations = "none" if inputs is None else "int8"
+    return Scheme(bits, sizes[strategy], symmetric, activations, _PACKED[str(format)])
+
+
+def _strategy(group_size: int | None) -> str:
+    return "tensor" if group_size is None else "channel" if group_size == -1 else "group"
+
+
+def _require(what: str, value: Any, known: list) -> None:
+    if value not in known:
+        raise UserError(
+            f"quantization_config: {what} is {value!r}; supported: {', '.join(map(repr, known))}"
+        )
+
+
+def _named(module: str, entry: str) -> bool:
+    if entry.startswith("re:"):
+        return re.match(entry.removeprefix("re:"), module) is not None
+    return entry == module
+
+
+def _class(module: str) -> str:
+    return "Embedding" if module.endswith("embed_tokens") else "Linear"

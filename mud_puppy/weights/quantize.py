@@ -1,0 +1,118 @@
+"""`quantize`: a params tree with its linear weights in codes, and the same for one leaf at a time.
+
+QLoRA (arXiv:2305.14314) is an adapter on top: `add_lora(quantize(params, "nf4"), ...)`. Norms and
+biases stay as they are; so do embedding and head unless asked, for they are looked at by every
+token and are a small part of a large model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+
+from mud_puppy import kernels
+from mud_puppy.errors import UserError, nearest
+from mud_puppy.kernels import Quantized
+from mud_puppy.weights.leaf import Lora, is_weight
+
+Tree = Any
+
+FORMATS = ("nf4", "int4", "int8", "mxfp4", "fp8")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What becomes of which weight; None keeps it.
+
+    format: of the layers' linear weights. group: inputs that share a scale, "row" or "tensor", None
+    for the format's own. double: nf4's scales in 8 bits too. embed, head: their formats. A tied
+    head is the embedding.
+    """
+
+    format: str | None = "nf4"
+    group: int | str | None = None
+    zero_points: bool = False
+    double: bool | None = None
+    embed: str | None = None
+    head: str | None = None
+
+    def of(self, path: str) -> Callable[[jax.Array], Quantized] | None:
+        """What encodes the leaf at a path of `load`'s ("layers/0/0/mlp/up_proj/weight")."""
+        if path in ("embed", "head"):
+            format = self.embed if path == "embed" else self.head
+            return None if format is None else _encoder(format)
+        if self.format is None or not (path.startswith("layers/") and path.endswith("/weight")):
+            return None
+        return _encoder(self.format, self.group, self.zero_points, self.double)
+
+
+def quantize(
+    params: Tree,
+    format: str = "nf4",
+    *,
+    group: int | str | None = None,
+    zero_points: bool = False,
+    double: bool | None = None,
+    embed: str | None = None,
+    head: str | None = None,
+) -> Tree:
+    """`params` with the linear weights of its layers as `Quantized`, under adapters too.
+
+    format: nf4, int4, int8, mxfp4 or fp8. group: inputs that share a scale, None for the format's
+    own (nf4, int4: 64, mxfp4: 32, int8, fp8: a row). zero_points: int4's. double: nf4's scales in 8
+    bits too; None means yes, as QLoRA does. embed, head: the format of the embedding [V, D] and of
+    an untied head (a tied one is the embedding), None to keep them. UserError for a weight that is
+    quantized already or whose rows no group divides.
+    """
+    scheme = Scheme(format, group, zero_points, double, embed, head)
+
+    def change(path: tuple, w: Any) -> Any:
+        name = "/".join(jax.tree_util.keystr((key,), simple=True) for key in path)
+        encode = scheme.of(name)
+        return w if encode is None else _under_adapters(encode, name, w)
+
+    return jax.tree.map_with_path(change, params, is_leaf=is_weight)
+
+
+def quantizer(scheme: Scheme) -> Callable[[str, jax.Array], Any]:
+    """`load`'s `on_leaf`: encodes each tensor as it is read."""
+
+    def on_leaf(path: str, array: jax.Array) -> Any:
+        encode = scheme.of(path)
+        return array if encode is None else _under_adapters(encode, path, array)
+
+    return on_leaf
+
+
+def _under_adapters(encode: Callable, path: str, w: Any) -> Any:
+    if isinstance(w, Lora):
+        return replace(w, base=_under_adapters(encode, path, w.base))
+    if isinstance(w, Quantized):
+        raise UserError(f"{path} is {w.format} already: quantize the model it was made from")
+    try:
+        return encode(w)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be quantized: {error}") from None
+
+
+def _encoder(
+    format: str,
+    group: int | str | None = None,
+    zero_points: bool = False,
+    double: bool | None = None,
+) -> Callable[[jax.Array], Quantized]:
+    if format not in FORMATS:
+        raise UserError(
+            f"'{format}' is no format of weights: {', '.join(FORMATS)}.{nearest(format, FORMATS)}"
+        )
+    double = format == "nf4" if double is None else double
+    return partial(_encode, format=format, group=group, zero_points=zero_points, double=double)
+
+
+@partial(jax.jit, static_argnames=("format", "group", "zero_points", "double"))
+def _encode(w: jax.Array, **options: Any) -> Quantized:
+    """[out, in], or a stack of them one after the other: float32 copies are of one layer only."""
+    encode = partial(kernels.quantize, **options)
+    return encode(w) if w.ndim == 2 else jax.lax.map(encode, w)

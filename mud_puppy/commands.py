@@ -1,4 +1,4 @@
-"""The verbs of the command line: preview, merge, export, generate, chat.
+"""The verbs of the command line: preview, merge, quantize, export, generate, chat.
 
 A verb is a dataclass of keys (its flags) and a function that calls the room which does the work.
 jax and the rooms are imported inside the functions, so that help and errors come at once.
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from mud_puppy.config.keys import DTYPES, Precision
+from mud_puppy.config.keys import DTYPES, Backend, Precision
 from mud_puppy.config.output import refuse_filled, writable
 from mud_puppy.config.schema import (
     AT_LEAST_1,
@@ -88,6 +88,41 @@ def run_merge(args: Merge) -> None:
     dtype = None if args.merge_precision is None else DTYPES[args.merge_precision]
     merge_adapter(args.model, args.adapter, args.output, dtype)
     print(f"merged model: {args.output}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Write the model with its linear weights in codes, as transformers and vLLM load them."""
+
+    model: str = _flag(REQUIRED, "model folder, hub id or GGUF file")
+    to: Backend = _flag(REQUIRED, "format of the linear weights of the layers")
+    output: str = _flag(REQUIRED, "folder for the quantized model")
+    group: int | None = _flag(
+        None, "weights that share a scale; null: 64 (nf4, int4), 32 (mxfp4) or a row", AT_LEAST_2
+    )
+    double: bool | None = _flag(None, "nf4's scales in 8 bits too; null: yes")
+    embeddings: bool = _flag(False, "embedding and head in int8 too (not with nf4)")
+    precision: Precision = _flag("bf16", "type of the weights that are not in codes")
+
+
+def run_quantize(args: Quantize) -> None:
+    """Writes the quantized model, a tensor at a time."""
+    if args.double is not None and args.to != "nf4":
+        raise UserError(f"--double: {args.to} has no scales in 8 bits; leave it out")
+    if args.embeddings and args.to == "nf4":
+        raise UserError("--embeddings: bitsandbytes' layout holds nf4 alone; leave it out")
+    refuse_filled(args.output)
+    writable(args.output)
+    import mud_puppy as mp
+    from mud_puppy.export import save_quantized
+    from mud_puppy.weights import Scheme, quantizer
+
+    eight = "int8" if args.embeddings else None
+    scheme = Scheme(args.to, args.group, double=args.double, embed=eight, head=eight)
+    dtype = DTYPES[args.precision]
+    model, params = mp.load(args.model, dtype=dtype, on_leaf=quantizer(scheme))
+    save_quantized(model, params, args.output, dtype)
+    print(f"quantized model: {args.output}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +254,7 @@ class Command:
 COMMANDS = {
     "preview": Command(Preview, ("dataset",), run_preview),
     "merge": Command(Merge, ("model", "adapter"), run_merge),
+    "quantize": Command(Quantize, ("model",), run_quantize),
     "export": Command(Export, ("run",), run_export),
     "generate": Command(Generate, ("model",), run_generate),
     "chat": Command(Chat, ("model",), run_chat),

@@ -4,7 +4,8 @@ Tensors go to disk one at a time, each gathered from its shards, merged and roun
 """
 
 import json
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,35 @@ import numpy as np
 
 from mud_puppy.config import DTYPES, Config
 from mud_puppy.errors import UserError
+from mud_puppy.kernels import Quantized
 from mud_puppy.model.files import find_model
 from mud_puppy.model.load import check_dtype, load
 from mud_puppy.model.module import Model
 from mud_puppy.model.names import flatten, hf_names
+from mud_puppy.model.quantized_files import Writer, writer
 from mud_puppy.model.save import Spec, write_configs, write_tokenizer, write_weights
 from mud_puppy.model.tokenizer import load_tokenizer
 from mud_puppy.parallel import make_mesh
 from mud_puppy.run.checkpoint import Checkpoints
 from mud_puppy.run.prepare import load_params, prepare
-from mud_puppy.weights import Lora, base_of, dense, is_weight, load_adapter, save_adapter
+from mud_puppy.weights import (
+    Int8Dynamic,
+    Lora,
+    Scheme,
+    base_of,
+    dense,
+    finish_fake_quant,
+    is_weight,
+    load_adapter,
+    merge_quantized,
+    merged_view,
+    save_adapter,
+    strip_fake_quant,
+)
 
 Tree = Any
+
+_CODES = Quantized | Int8Dynamic
 
 _MAX_SHARD_BYTES = 5 * 10**9
 
@@ -43,11 +61,7 @@ def save_hf(
     folder or GGUF file that the model came from. UserError for params with adapters, and when the
     folder cannot be written. An older model in the folder is replaced.
     """
-    if any(isinstance(w, Lora) for w in jax.tree.leaves(params, is_leaf=is_weight)):
-        raise UserError(
-            "these params have adapters: merge them first (merge_lora), or write the adapter alone "
-            "(save_adapter)"
-        )
+    _refuse_adapters(params)
     save_merged(model, params, out, dtype, tokenizer, max_shard_bytes)
 
 
@@ -61,26 +75,63 @@ def save_merged(
 ) -> None:
     """`save_hf` with every adapter added into its base, in float32, rounded once."""
     check_dtype(dtype)
-    out = Path(out).expanduser()
-    source = None if model.source is None else find_model(model.source, weights=False)
-    leaves = flatten(params)
-    places = {
-        name: (leaves[path], layer if path.startswith("layers/") else None)
-        for path, names in hf_names(model.arch, params).items()
-        for layer, name in enumerate(names)
-    }
+    places = _places(model, params)
     specs = {name: _spec(*place, dtype) for name, place in places.items()}
 
     def tensor(name: str) -> np.ndarray:
         return np.asarray(_tensor(*places[name], specs[name][1]))
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_weights(out, specs, tensor, max_shard_bytes)
-        write_tokenizer(out, source, tokenizer)
-        write_configs(out, source, json.loads(model.arch.config), dtype or _widest(specs))
-    except OSError as error:
-        raise UserError(f"{out}: the model cannot be written: {error}") from None
+    whole = dtype or _widest(specs)
+    _write(model, Path(out).expanduser(), specs, tensor, whole, tokenizer, max_shard_bytes)
+
+
+def save_quantized(
+    model: Model,
+    params: Tree,
+    out: str | Path,
+    dtype: str = "bfloat16",
+    tokenizer: Any = None,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+    layout: Writer | None = None,
+) -> None:
+    """`save_hf` that keeps codes as codes, in a layout that transformers loads.
+
+    nf4 is written as bitsandbytes', the other formats as compressed-tensors, unless `layout` says
+    how; what is no `Quantized` in `dtype`. UserError for adapters, and where a layout cannot hold a
+    format.
+    """
+    check_dtype(dtype)
+    _refuse_adapters(params)
+    places = _places(model, params)
+    linears = {
+        name.removesuffix(".weight"): place
+        for name, place in places.items()
+        if name.endswith(".weight") and len(_spec(*place, dtype)[0]) == 2
+    }
+    coded = {module: place for module, place in linears.items() if isinstance(place[0], _CODES)}
+    shapes = {m: _one(*coded[m], abstract=True) if m in coded else None for m in linears}
+    layout = layout or writer(shapes, dtype)
+    packed = lru_cache(maxsize=1)(lambda module: layout.pack(_one(*coded[module])))
+    specs: dict[str, Spec] = {}
+    of: dict[str, tuple[str, str]] = {}
+    for name, place in places.items():
+        module = name.removesuffix(".weight")
+        if module not in coded:
+            specs[name] = _spec(*place, dtype)
+            continue
+        # Each is packed, here and again to be written: texts in a layout have lengths of their own.
+        for suffix, array in packed(module).items():
+            specs[f"{module}.{suffix}"] = array.shape, array.dtype
+            of[f"{module}.{suffix}"] = module, suffix
+
+    def tensor(name: str) -> np.ndarray:
+        if name in of:
+            module, suffix = of[name]
+            return packed(module)[suffix]
+        return np.asarray(_tensor(*places[name], specs[name][1]))
+
+    extra = {"quantization_config": layout.config}
+    _write(model, Path(out).expanduser(), specs, tensor, dtype, tokenizer, max_shard_bytes, extra)
 
 
 def merge_adapter(
@@ -117,19 +168,91 @@ def export_run(
         state = Checkpoints(folder).replace(prepared.state, step).state
         tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         if merge:
-            dtype = DTYPES[config.merge_precision or config.precision]
-            save_merged(model, prepared.params(state), output, dtype, tokenizer)
+            how = config.merge_precision or config.precision
+            write_merged(model, prepared.params(state), output, how, tokenizer)
         else:
             write_result(config, Path(output), model, prepared.params(state), tokenizer)
 
 
 def write_result(config: Config, out: Path, model: Model, params: Tree, tokenizer: Any) -> None:
-    """What a run leaves in `out`: a model or an adapter, with the tokenizer."""
+    """What a run leaves in `out`: a model or an adapter, with the tokenizer; of method qat the
+    codes that were trained too."""
+    dtype = DTYPES[config.precision]
+    if config.method == "qat":
+        codes = finish_fake_quant(params)
+        save_quantized(model, codes, out / f"qat_{config.qat_format}", dtype, tokenizer)
+        params = strip_fake_quant(params)
     if not config.adapts:
-        save_hf(model, params, out, DTYPES[config.precision], tokenizer)
+        save_hf(model, params, out, dtype, tokenizer)
         return
     save_adapter(model, params, out)
     write_tokenizer(out, None, tokenizer)
+
+
+def write_merged(model: Model, params: Tree, out: str | Path, how: str, tokenizer: Any) -> None:
+    """The merged model, stored as `how` says: a precision, or a format of codes."""
+    if how in DTYPES:
+        save_merged(model, strip_fake_quant(params), out, DTYPES[how], tokenizer)
+    else:
+        save_quantized(model, merged_as(params, how), out, "bfloat16", tokenizer)
+
+
+def merged_as(params: Tree, how: str) -> Tree:
+    """Params of which a forward pass is that of the model which `write_merged` writes."""
+    if how in DTYPES:
+        return merged_view(strip_fake_quant(params), DTYPES[how])
+    return merge_quantized(strip_fake_quant(params), Scheme(how), "bfloat16")
+
+
+def _refuse_adapters(params: Tree) -> None:
+    if any(isinstance(w, Lora) for w in jax.tree.leaves(params, is_leaf=is_weight)):
+        raise UserError(
+            "these params have adapters: merge them first (merge_lora), or write the adapter alone "
+            "(save_adapter)"
+        )
+
+
+Place = tuple[Any, int | None]  # a leaf, and which layer of it
+
+
+def _places(model: Model, params: Tree) -> dict[str, Place]:
+    """Where each HF tensor is."""
+    leaves = flatten(params)
+    return {
+        name: (leaves[path], layer if path.startswith("layers/") else None)
+        for path, names in hf_names(model.arch, params).items()
+        for layer, name in enumerate(names)
+    }
+
+
+def _one(leaf: Any, layer: int | None, abstract: bool = False) -> Any:
+    """A weight without its stack; abstract: its shapes."""
+    if layer is None:
+        return leaf
+    if abstract:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), leaf)
+    return jax.tree.map(lambda x: x[layer], leaf)
+
+
+def _write(
+    model: Model,
+    out: Path,
+    specs: dict[str, Spec],
+    tensor: Callable[[str], np.ndarray],
+    dtype: str,
+    tokenizer: Any,
+    max_shard_bytes: int,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """The folder: weights, tokenizer, configs with the `extra` fields."""
+    source = None if model.source is None else find_model(model.source, weights=False)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_weights(out, specs, tensor, max_shard_bytes)
+        write_tokenizer(out, source, tokenizer)
+        write_configs(out, source, json.loads(model.arch.config) | (extra or {}), dtype)
+    except OSError as error:
+        raise UserError(f"{out}: the model cannot be written: {error}") from None
 
 
 def _spec(leaf: Any, layer: int | None, dtype: str | None) -> Spec:

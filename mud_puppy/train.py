@@ -17,20 +17,21 @@ from typing import Any
 
 import jax
 
-from mud_puppy.config import DTYPES, Config, check_output
+from mud_puppy.config import Config, check_output
 from mud_puppy.data import prefetch
-from mud_puppy.export import save_merged, write_result
+from mud_puppy.export import merged_as, write_merged, write_result
 from mud_puppy.model import Model, abstract, load_tokenizer
 from mud_puppy.parallel import batch_devices, make_mesh
 from mud_puppy.run.checkpoint import Checkpoints
 from mud_puppy.run.datasets import RunData, load_data
 from mud_puppy.run.loop import Course, Plan, fit
 from mud_puppy.run.memory import memory_errors
-from mud_puppy.run.prepare import Prepared, check_targets, load_params, prepare
+from mud_puppy.run.prepare import Prepared, check_asked, load_params, prepare
 from mud_puppy.run.prompts import uses_chat
 from mud_puppy.run.record import changed_keys
 from mud_puppy.run.recorder import Recorder
 from mud_puppy.sampling import generate
+from mud_puppy.weights import merged_view
 
 Tree = Any
 log = logging.getLogger("mud_puppy")
@@ -59,7 +60,7 @@ def train(source: Config | Mapping[str, Any] | str | os.PathLike) -> Result:
     _keep_compilations()
     mesh = make_mesh(config.mesh)
     shaped, shapes = abstract(config.model, trust_remote_code=config.trust_remote_code)
-    check_targets(config, shapes)
+    check_asked(config, shapes)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     data = load_data(config, shaped, tokenizer, batch_devices(mesh))
     with jax.set_mesh(mesh), memory_errors():
@@ -104,8 +105,9 @@ def _run(config: Config, output: Path, run: Prepared, data: RunData, tokenizer: 
         params = run.params(state)
         write_result(config, output, run.model, params, tokenizer)
         if config.merge_lora:
-            dtype = DTYPES[config.merge_precision or config.precision]
-            save_merged(run.model, params, output / "merged", dtype, tokenizer)
+            how = config.merge_precision or config.precision
+            write_merged(run.model, params, output / "merged", how, tokenizer)
+            _measure_merged(run, params, how, data, record, int(state.step))
         log.info("%s at step %d: %s", ended.reason, int(state.step), output)
         return _result(output, run, state, ended.reason, record)
 
@@ -138,6 +140,25 @@ def _evaluation(run: Prepared, data: RunData) -> Any:
     return lambda state: run.evaluate(state, map(held.batch_at, range(held.steps_per_epoch)))
 
 
+def _measure_merged(
+    run: Prepared, params: Tree, how: str, data: RunData, record: Recorder, step: int
+) -> None:
+    """The evaluation loss of the model as it trained and as it was merged."""
+    held = data.evaluation
+    if held is None:
+        log.info("merged: its loss is not measured; eval_split or eval_dataset would give data")
+        return
+
+    def loss(params: Tree) -> float:
+        return run.measure(params, map(held.batch_at, range(held.steps_per_epoch)))["eval_loss"]
+
+    found = {"with its adapter": loss(params), "merged bf16": loss(merged_view(params, "bfloat16"))}
+    if how not in found and how != "bf16":
+        found[f"merged {how}"] = loss(merged_as(params, how))
+    record(step, {f"eval_loss {name}".replace(" ", "_"): value for name, value in found.items()})
+    log.info("eval loss: %s", "; ".join(f"{name} {value:.4f}" for name, value in found.items()))
+
+
 def _answers(
     config: Config, run: Prepared, state: Any, tokenizer: Any, data: RunData
 ) -> list[tuple[Any, str]]:
@@ -165,6 +186,7 @@ def _keep_compilations() -> None:
 _WRITTEN = (
     "checkpoint-[0-9]*",
     "merged",
+    "qat_int[48]",
     "tensorboard",
     "wandb",
     "adapter_config.json",

@@ -79,3 +79,21 @@ def chats(tmp_path_factory):
     ]
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def config(chat_model, chats, tmp_path):
+    """Keys of a short LoRA run on the tiny model, on one device."""
+    return {
+        "model": str(chat_model),
+        "dataset": str(chats),
+        "output": str(tmp_path / "out"),
+        "precision": "fp32",
+        "max_seq_length": 64,
+        "batch_size": 2,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "lora_r": 4,
+        "sample_prompts": 0,
+        "mesh": "data=1,fsdp=1",
+    }

@@ -12,10 +12,9 @@ DELIVERED = {
     3: "FlashMHA kernels.linear_cross_entropy kernels.quantized_matmul kernels.qgemm "
     "kernels.fbgemm kernels.quantize_per_tensor kernels.quantize_per_channel kernels.dequantize "
     "kernels.quantized_layernorm",
-    4: "quantize",
+    4: "quantize fake_quant",
 }
 COMING = {
-    4: "fake_quant",
     7: "losses.dpo losses.ipo losses.kto losses.orpo losses.simpo losses.reward "
     "losses.process_reward",
     8: "losses.grpo",
@@ -46,6 +45,7 @@ SIGNATURES = {
     "add_lora": "params rank alpha targets key",
     "load_adapter": "params",
     "quantize": "params format",
+    "fake_quant": "params format",
     "save_hf": "model params out dtype",
     "save_adapter": "model params out",
     "generate": "model params tokenizer prompts max_new_tokens temperature",

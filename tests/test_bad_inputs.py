@@ -217,7 +217,8 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "--method gptq": ("--method: gptq arrives with the quantization issue",),
     "--quant-backend int8": ("--quant-backend: 'int8' has no effect", "needs method qlora"),
     "--method qlora --quant-group 48": ("q_proj/weight cannot be quantized", "groups that fit"),
-    "--precision fp8": ("--precision: fp8 arrives with the quantization issue", "use bf16"),
+    "--precision fp8": ("cpu has no float8 products", "use --precision bf16"),
+    "--method qat --precision fp8": ("--precision: method qat rounds the weights to integers",),
     "--stream": ("--stream: arrives with the scaling issue; remove it",),
     "--compile": ("--compile: has no meaning here", "remove it"),
     "--lerning-rate 1": ("unknown flag --lerning-rate.", "Did you mean '--learning-rate'?"),
@@ -296,7 +297,7 @@ CONFIG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "quantized": (
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        ("the checkpoint is quantized (gptq)", "load the unquantized model"),
+        ("config.json has a quantization_config, but no tensor is quantized",),
     ),
     "kv heads": (
         {"num_key_value_heads": 3},

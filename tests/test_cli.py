@@ -66,6 +66,7 @@ CONTEXT = {
     "quant_backend": {"method": "qlora"},
     "quant_group": {"method": "qlora"},
     "quant_embeddings": {"method": "qlora"},
+    **{f"qat_{key}": {"method": "qat"} for key in "format group activations ranges lora".split()},
 }
 
 
@@ -139,9 +140,9 @@ BAD_COMMANDS = {
         "--optimizer: 'adam' is not",
     ),
     "later method": (["m", "d", "--output", "o", "--method", "gptq"], "--method: gptq arrives"),
-    "later precision": (
-        ["m", "d", "--output", "o", "--precision", "fp8"],
-        "--precision: fp8 arrives",
+    "fp8 of codes": (
+        ["m", "d", "--output", "o", "--precision", "fp8", "--method", "qlora"],
+        "--precision: nf4 codes have no float8 products; use bf16, or",
     ),
     "compile": (["m", "d", "--output", "o", "--compile"], "--compile: has no meaning here: every"),
     "quant backend": (

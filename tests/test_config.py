@@ -126,12 +126,13 @@ BAD_VALUES = [
     (
         "precision",
         "bf61",
-        "config: precision: 'bf61' is not one of bf16, fp32, fp16. Did you mean 'bf16'?",
+        "config: precision: 'bf61' is not one of bf16, fp32, fp16, fp8, fp8-emulated. "
+        "Did you mean 'bf16'?",
     ),
     (
         "method",
         "lroa",
-        "config: method: 'lroa' is not one of full, lora, qlora. Did you mean 'lora'?",
+        "config: method: 'lroa' is not one of full, lora, qlora, qat. Did you mean 'lora'?",
     ),
     (
         "gradient_checkpointing",

@@ -23,23 +23,6 @@ from mud_puppy.export import export_run
 from mud_puppy.run.recorder import Recorder
 
 
-@pytest.fixture
-def config(chat_model, chats, tmp_path):
-    return {
-        "model": str(chat_model),
-        "dataset": str(chats),
-        "output": str(tmp_path / "out"),
-        "precision": "fp32",
-        "max_seq_length": 64,
-        "batch_size": 2,
-        "max_steps": 6,
-        "learning_rate": 1e-2,
-        "lora_r": 4,
-        "sample_prompts": 0,
-        "mesh": "data=1,fsdp=1",
-    }
-
-
 def metrics(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 

@@ -19,8 +19,8 @@ from mud_puppy.config import DTYPES, Config
 from mud_puppy.model import axes, build, init
 from mud_puppy.model.families import read_config
 from mud_puppy.parallel import make_mesh, shardings
-from mud_puppy.run.prepare import prepare
-from mud_puppy.weights import add_lora
+from mud_puppy.run.prepare import prepare, scheme, transformed
+from mud_puppy.weights import quantizer
 
 ROPE = {"rope_type": "default", "rope_theta": 5e5}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -74,7 +74,8 @@ def batch_of(rng: np.random.Generator, rows: int, length: int, vocab: int, segme
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
-    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--method", choices=("lora", "full", "qlora", "qat"), default="lora")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="config keys")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
     parser.add_argument("--remat", default="full")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -91,16 +92,16 @@ def main() -> None:
             method=args.method,
             precision=args.precision,
             gradient_checkpointing=args.remat,
+            **dict(pair.split("=", 1) for pair in args.set),
         )
     )
     arch = read_config(LlamaConfig(rms_norm_eps=1e-5, rope_parameters=ROPE, **SHAPES[args.shape]))
     mesh = make_mesh(args.mesh)
     with jax.set_mesh(mesh):
         model = replace(build(arch)[0], dtype=DTYPES[args.precision])
-        stored = "float32" if args.method == "full" else DTYPES[args.precision]
-        params = init(arch, jax.random.key(0), stored)
-        if args.method == "lora":
-            params = add_lora(params, key=jax.random.key(1))
+        stored = DTYPES[args.precision] if config.adapts else "float32"
+        encode = quantizer(scheme(config)) if args.method == "qlora" else None
+        params = transformed(config, init(arch, jax.random.key(0), stored, encode))
         params = jax.device_put(params, shardings(mesh, axes(arch), params))
         run = prepare(config, model, params, mesh, 1000)
         del params
@@ -124,7 +125,8 @@ def main() -> None:
         + plan.temp_size_in_bytes
     )
     print(
-        f"{args.shape} {args.method} {args.precision} batch {args.batch_size} x {args.length} "
+        f"{args.shape} {' '.join([args.method, *args.set])} {args.precision} "
+        f"batch {args.batch_size} x {args.length} "
         f"segment {args.segment} remat {args.remat} mesh {dict(mesh.shape)}: "
         f"{args.batch_size * args.length / step_s:,.0f} tokens/s, step {step_s * 1e3:.1f} ms "
         f"(min {min(times) * 1e3:.1f}, max {max(times) * 1e3:.1f}), "

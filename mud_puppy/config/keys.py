@@ -33,23 +33,32 @@ from mud_puppy.config.schema import (
 from mud_puppy.config.source import Given, convert_all, from_flags, from_source
 from mud_puppy.errors import UserError, nearest
 
-Method = Literal["full", "lora", "qlora"]
+Method = Literal["full", "lora", "qlora", "qat"]
 Precision = Literal["bf16", "fp32", "fp16"]
+Computed = Literal["bf16", "fp32", "fp16", "fp8", "fp8-emulated"]
 Checkpointing = Literal["none", "full", "attention", "projections"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant"]
 Backend = Literal["nf4", "int4", "int8", "mxfp4", "fp8"]
+Stored = Literal["bf16", "fp32", "fp16", "nf4", "int4", "int8", "mxfp4"]
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "lion", "lion_8bit", "sgd", "muon"]
-DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+DTYPES = {
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "fp16": "float16",
+    "fp8": "bfloat16",  # of all but the products in float8
+    "fp8-emulated": "bfloat16",
+}
 MESH_AXES = ("data", "fsdp")
 FULL_LEARNING_RATE = 2e-5
 
-_LORA = Need("method lora or qlora", lambda c: c.adapts)
+_LORA = Need("method lora or qlora, or qat with qat_lora", lambda c: c.adapts)
 _NEW_ADAPTER = Need(
-    "a new adapter: method lora or qlora, and adapter_mode stack if adapter is set (continue keeps "
-    "its own)",
+    "a new adapter: method lora or qlora, or qat with qat_lora, and adapter_mode stack if adapter "
+    "is set (continue keeps its own)",
     lambda c: c.adapts and (c.adapter is None or c.adapter_mode == "stack"),
 )
 _QLORA = Need("method qlora", lambda c: c.method == "qlora")
+_QAT = Need("method qat", lambda c: c.method == "qat")
 _GROUPS = Need(
     "method qlora with quant_backend nf4, int4, int8 or fp8 (mxfp4's is 32)",
     lambda c: c.method == "qlora" and c.quant_backend != "mxfp4",
@@ -140,7 +149,7 @@ class Config:
     dataset: str = _run(REQUIRED, "JSONL, JSON, CSV, parquet or text file, or hub data set")
     output: str = _run(REQUIRED, "folder for the result, checkpoints and report")
     method: Method = _run("lora", "what is trained")
-    precision: Precision = _run("bf16", "type that the forward and backward pass compute in")
+    precision: Computed = _run("bf16", "type that the forward and backward pass compute in")
     seed: int = _run(0, "seed of data order, adapter init, dropout and samples", NOT_NEGATIVE)
     resume: bool = _run(False, "go on from the last checkpoint in output")
     overwrite: bool = _run(False, "replace what is in output", needs=_NO_RESUME)
@@ -184,7 +193,9 @@ class Config:
         None, "tokens a step and accumulation, instead of batch_size", AT_LEAST_1
     )
     gradient_accumulation: int = _train(1, "batches added up for one update", AT_LEAST_1)
-    learning_rate: float = _train(2e-4, "highest learning rate (method full: 2e-5)", POSITIVE)
+    learning_rate: float = _train(
+        2e-4, "highest learning rate (2e-5 where the weights train)", POSITIVE
+    )
     epochs: float | None = _train(
         None, "passes over the data (1 unless max_steps is set; the first reached ends)", POSITIVE
     )
@@ -226,8 +237,8 @@ class Config:
         "continue", "train that adapter on, or a new one on top", needs=_ADAPTER
     )
     merge_lora: bool = _lora(False, "write the merged model to output/merged too", needs=_LORA)
-    merge_precision: Precision | None = _lora(
-        None, "type of the merged model; null: that of precision", needs=_MERGE
+    merge_precision: Stored | None = _lora(
+        None, "type or format of the merged model; null: that of precision", needs=_MERGE
     )
 
     quant_backend: Backend = _quant("nf4", "format of the base model's weights", needs=_QLORA)
@@ -239,6 +250,19 @@ class Config:
     )
     quant_double: bool = _quant(True, "nf4's scales in 8 bits too", needs=_NF4)
     quant_embeddings: bool = _quant(False, "embedding and head in int8 too", needs=_QLORA)
+    qat_format: Literal["int8", "int4"] = _quant(
+        "int8", "format that the model is trained for", needs=_QAT
+    )
+    qat_group: int | None = _quant(
+        None, "weights that share a scale; null: a row (int8) or 64 (int4)", AT_LEAST_2, needs=_QAT
+    )
+    qat_activations: Literal["none", "int8"] = _quant(
+        "none", "round the inputs of the linears too, a scale each token", needs=_QAT
+    )
+    qat_ranges: Literal["dynamic", "learned"] = _quant(
+        "dynamic", "ranges of the weights: their largest, or trained (LSQ)", needs=_QAT
+    )
+    qat_lora: bool = _quant(False, "train adapters instead of the weights", needs=_QAT)
 
     mesh: str | None = _devices(None, "axes and sizes (null: fsdp over all local devices)", _MESH)
     device_map: Literal["auto"] = _devices("auto", "auto: all local devices", needs=_NO_MESH)
@@ -246,7 +270,7 @@ class Config:
     @property
     def adapts(self) -> bool:
         """Whether adapters are what trains."""
-        return self.method in ("lora", "qlora")
+        return self.method in ("lora", "qlora") or (self.method == "qat" and self.qat_lora)
 
     @staticmethod
     def load(
@@ -276,7 +300,8 @@ def _finish(given: dict[str, Given]) -> Config:
     for name, item in given.items():
         refuse(name, item.value, item.label)
     values = convert_all(KEYS, given, missing_hint=" or `{name}:` in the config file")
-    if values.get("method") == "full":
+    adapts = Config(**values).adapts
+    if not adapts:
         values.setdefault("learning_rate", FULL_LEARNING_RATE)
     if values.get("max_steps") is None and values.get("epochs") is None:
         values["epochs"] = 1.0
@@ -303,6 +328,15 @@ def _check_effects(config: Config, given: dict[str, Given]) -> None:
 
 
 def _check_sizes(config: Config, given: dict[str, Given]) -> None:
+    if config.precision.startswith("fp8"):
+        label = given["precision"].label
+        if config.method == "qat":
+            raise UserError(f"{label}: method qat rounds the weights to integers; use bf16.")
+        if config.method == "qlora" and config.quant_backend != "fp8":
+            raise UserError(
+                f"{label}: {config.quant_backend} codes have no float8 products; use bf16, or "
+                "quant_backend fp8."
+            )
     if config.max_steps is not None and config.warmup_steps > config.max_steps:
         raise UserError(
             f"{given['warmup_steps'].label}: {config.warmup_steps} is more than max_steps "

@@ -13,13 +13,11 @@ _GPTQ = f"belongs to method gptq, which {_QUANTIZATION}"
 
 VALUES: dict[tuple[str, str], str] = {
     ("method", "gptq"): _QUANTIZATION,
-    ("method", "qat"): _QUANTIZATION,
     ("method", "preference"): _PREFERENCE,
     ("method", "rm"): _PREFERENCE,
     ("method", "prm"): _PREFERENCE,
     ("method", "rl"): "arrives with the reinforcement-learning issue",
     ("method", "multimodal"): "arrives with the image-model issue",
-    ("precision", "fp8"): f"{_QUANTIZATION}; use bf16",
     ("device_map", "pipeline"): "arrives with the scaling issue; use mesh (for example fsdp=4)",
 }
 

@@ -1,8 +1,8 @@
 """config.json's `quantization_config` of compressed-tensors, written and read.
 
 Source: https://github.com/vllm-project/compressed-tensors at 0.20, quantization/quant_config.py and
-utils/match.py. What this project does not read (floats, blocks, static activations, sparsity,
-quantized caches) is refused by name, never skipped.
+utils/match.py. What this project does not read (nvfp4, blocks, activations other than int8 with a
+scale each token, sparsity, quantized caches) is refused by name, never skipped.
 """
 
 import re
@@ -14,7 +14,14 @@ from mud_puppy.model.compressed_tensors import Scheme
 
 Config = Mapping[str, Any]
 
-_PACKED = {"pack-quantized": True, "int-quantized": False, "naive-quantized": False}
+# Whether codes are packed, and of which types.
+_FORMATS = {
+    "pack-quantized": (True, ["int"]),
+    "int-quantized": (False, ["int"]),
+    "float-quantized": (False, ["float"]),
+    "mxfp4-pack-quantized": (True, ["float"]),
+    "naive-quantized": (False, ["int", "float"]),
+}
 
 
 def quantization_config(schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
@@ -28,7 +35,9 @@ def quantization_config(schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
         raise UserError("no module is quantized: there is nothing for compressed-tensors to say")
     groups = {}
     for i, scheme in enumerate(kinds):
-        names = ["Linear"] if len(kinds) == 1 else [m for m, s in modules.items() if s == scheme]
+        names = [m for m, s in modules.items() if s == scheme]
+        if len(kinds) == 1:
+            names = ["Linear", *(name for name in names if _class(name) != "Linear")]
         groups[f"group_{i}"] = _group(scheme, names)
     formats = {group["format"] for group in groups.values()}
     return {
@@ -61,12 +70,14 @@ def scheme_for(config: Config, module: str) -> Scheme | None:
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     weights = {
         "num_bits": scheme.bits,
-        "type": "int",
+        "type": scheme.type,
         "symmetric": scheme.symmetric,
         "strategy": {"row": "channel", "tensor": "tensor"}.get(str(scheme.group), "group"),
         "group_size": scheme.group if isinstance(scheme.group, int) else None,
         "dynamic": False,
     }
+    if (scheme.type, scheme.packed) == ("float", True):
+        weights["scale_dtype"] = "torch.uint8"
     tokens = {
         "num_bits": 8,
         "type": "int",
@@ -80,7 +91,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         "weights": weights,
         "input_activations": None if scheme.activations == "none" else tokens,
         "output_activations": None,
-        "format": "pack-quantized" if scheme.packed else "int-quantized",
+        "format": next(f for f, kind in _FORMATS.items() if kind == (scheme.packed, [scheme.type])),
     }
 
 
@@ -105,28 +116,58 @@ def _scheme(group: Config, config: Config) -> Scheme | None:
     if weights is None:
         return None
     format = group.get("format") or config.get("format")
-    strategy = weights.get("strategy") or _strategy(weights.get("group_size"))
-    _require("format", format, list(_PACKED))
-    _require("weights type", weights.get("type", "int"), ["int"])
-    _require("weights num_bits", weights.get("num_bits", 8), [4, 8])
-    _require("weights strategy", strategy, ["tensor", "channel", "group"])
+    _require("format", format, list(_FORMATS))
+    packed, types = _FORMATS[str(format)]
+    type, bits = weights.get("type", "int"), weights.get("num_bits", 8)
+    symmetric, size = weights.get("symmetric", True), weights.get("group_size")
+    strategy = weights.get("strategy") or _strategy(size)
+    _require(f"type of {format} weights", type, types)
     _require("weights dynamic", weights.get("dynamic", False), [False])
     _require("weights actorder", weights.get("actorder"), [None, False, "weight", "static"])
     _require("output_activations", group.get("output_activations"), [None])
-    if inputs is not None:
-        _require("input_activations type", inputs.get("type", "int"), ["int"])
-        _require("input_activations num_bits", inputs.get("num_bits", 8), [8])
-        _require("input_activations symmetric", inputs.get("symmetric", True), [True])
-        _require("input_activations dynamic", inputs.get("dynamic", False), [True])
-        _require("input_activations strategy", inputs.get("strategy"), ["token"])
-    bits, symmetric = weights.get("num_bits", 8), weights.get("symmetric", True)
+    if type == "float":
+        _check_floats(bits, packed, symmetric, strategy, size)
+    else:
+        _check_integers(bits, symmetric, strategy)
+    _check_inputs(inputs, type)
+    sizes = {"tensor": "tensor", "channel": "row", "group": size}
+    activations = "none" if inputs is None else "int8"
+    return Scheme(bits, sizes[strategy], symmetric, activations, packed, type)
+
+
+def _check_integers(bits: Any, symmetric: Any, strategy: Any) -> None:
+    _require("weights num_bits", bits, [4, 8])
+    _require("weights strategy", strategy, ["tensor", "channel", "group"])
     if bits == 8:
         _require("int8 weights symmetric", symmetric, [True])
     if not symmetric:
         _require("asymmetric weights strategy", strategy, ["channel", "group"])
-    sizes = {"tensor": "tensor", "channel": "row", "group": weights.get("group_size")}
-    activations = "none" if inputs is None else "int8"
-    return Scheme(bits, sizes[strategy], symmetric, activations, _PACKED[str(format)])
+
+
+def _check_floats(bits: Any, packed: bool, symmetric: Any, strategy: Any, size: Any) -> None:
+    """float8_e4m3fn with scales of rows or of the weight; mxfp4 is packed."""
+    what = f"{'packed ' if packed else ''}float weights"
+    _require(f"{what} num_bits", bits, [4 if packed else 8])
+    _require(f"{what} symmetric", symmetric, [True])
+    _require(f"{what} strategy", strategy, ["group"] if packed else ["tensor", "channel"])
+    if packed:
+        _require(f"{what} group_size", size, [32])
+
+
+def _check_inputs(inputs: Config | None, type: str) -> None:
+    """int8 inputs of integer weights, a scale for each token."""
+    if inputs is None:
+        return
+    kind = inputs.get("type", "int")
+    if type == "float" or kind == "float":
+        raise UserError(
+            f"quantization_config: input_activations are {kind}{inputs.get('num_bits', 8)} a "
+            f"{inputs.get('strategy')}, and products of rounded inputs are of integers alone here"
+        )
+    _require("input_activations num_bits", inputs.get("num_bits", 8), [8])
+    _require("input_activations symmetric", inputs.get("symmetric", True), [True])
+    _require("input_activations dynamic", inputs.get("dynamic", False), [True])
+    _require("input_activations strategy", inputs.get("strategy"), ["token"])
 
 
 def _strategy(group_size: int | None) -> str:

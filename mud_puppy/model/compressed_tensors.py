@@ -4,21 +4,41 @@
                      weight_zero_point int8 like the scales, where codes are not symmetric
     pack-quantized   weight_packed int32: codes + 2^(bits - 1) in consecutive bits, first lowest;
                      weight_scale; weight_shape int64 [2]; weight_zero_point packed along `out`
+    float-quantized  weight float8_e4m3fn [out, in]; weight_scale [out, 1] or [1]
+    mxfp4-pack-quantized   weight_packed uint8 [out, in / 2]: E2M1, the first in the low nibble;
+                     weight_scale uint8 [out, in / 32]: E8M0
 
 Which module has which is said in config.json (`compressed_config`). Source: the library's
-compressors, https://github.com/vllm-project/compressed-tensors at 0.20. Floats (fp8, nvfp4, mxfp4)
-are not read.
+compressors, https://github.com/vllm-project/compressed-tensors at 0.20. Other floats (nvfp4, mxfp6,
+mxfp8) are not read.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import Quantized
+from mud_puppy.model.compressed_bits import (
+    checked,
+    pack_words,
+    signed,
+    swap_pairs,
+    unpack_words,
+    unsigned,
+    words,
+)
 from mud_puppy.weights import Int8Dynamic
+
+_FORMATS = {
+    "int8": (8, "int"),
+    "int4": (4, "int"),
+    "fp8_e4m3fn": (8, "float"),
+    "mxfp4": (4, "float"),
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +46,8 @@ class Scheme:
     """How one module is stored.
 
     bits: 4 or 8. group: inputs that share a scale, or "row" or "tensor" (as `kernels.quantize`).
-    activations: "none" or "int8" (dynamic, a scale each token). packed: pack-quantized.
+    activations: "none" or "int8" (dynamic, a scale each token). packed: several codes a word.
+    type: "int", or "float": float8_e4m3fn of 8 bits, and mxfp4 of 4, which is packed.
     """
 
     bits: int
@@ -34,6 +55,7 @@ class Scheme:
     symmetric: bool = True
     activations: str = "none"
     packed: bool = False
+    type: str = "int"
 
 
 def scheme_of(w: Quantized | Int8Dynamic, packed: bool | None = None) -> Scheme:
@@ -44,14 +66,20 @@ def scheme_of(w: Quantized | Int8Dynamic, packed: bool | None = None) -> Scheme:
     """
     activations = "int8" if isinstance(w, Int8Dynamic) else "none"
     q = w.base if isinstance(w, Int8Dynamic) else w
-    if q.format not in ("int8", "int4") or q.minimum is not None:
+    if q.format not in _FORMATS or q.minimum is not None:
         raise UserError(
-            f"compressed-tensors holds int8 and int4 with scales and zero points, not {q.format}"
-            + (" with minimums" if q.minimum is not None else "")
+            "compressed-tensors holds int8, int4, fp8_e4m3fn and mxfp4 with scales and zero "
+            f"points, not {q.format}" + (" with minimums" if q.minimum is not None else "")
         )
-    bits, group = int(q.format[3:]), q.group
+    (bits, type), group = _FORMATS[q.format], q.group
+    if q.format == "mxfp4":
+        return Scheme(bits, group, packed=True, type=type)
     if q.scales.shape[-1] == 1:
         group = "row" if q.scales.shape[-2] == q.shape[-2] else "tensor"
+    if type == "float":
+        if group not in ("row", "tensor"):
+            raise UserError(f"compressed-tensors holds no {q.format} in groups of {group}")
+        return Scheme(bits, group, type=type)
     if packed is None:
         packed = bits == 4 and activations == "none"
     return Scheme(bits, group, q.zeros is None, activations, packed)
@@ -59,26 +87,21 @@ def scheme_of(w: Quantized | Int8Dynamic, packed: bool | None = None) -> Scheme:
 
 def suffixes(scheme: Scheme) -> tuple[str, ...]:
     """The tensors that stand for `{module}.weight`, without "{module}."."""
-    names = ("weight_packed", "weight_scale", "weight_shape")
-    names = names if scheme.packed else ("weight", "weight_scale")
+    names = ("weight_packed" if scheme.packed else "weight", "weight_scale")
+    names = (*names, "weight_shape") if scheme.packed and scheme.type == "int" else names
     return names if scheme.symmetric else (*names, "weight_zero_point")
 
 
 def pack(q: Quantized, scheme: Scheme) -> dict[str, np.ndarray]:
     """The tensors of one module [out, in], by `suffixes`; scales keep their dtype."""
-    codes, offset = _codes(q), 1 << (scheme.bits - 1)
-    scales = np.asarray(q.scales)
+    scales, codes = np.asarray(q.scales), np.asarray(q.codes)
     tensors = {"weight_scale": scales.reshape(1) if scheme.group == "tensor" else scales}
-    zeros = None if q.zeros is None else np.asarray(q.zeros)
-    if scheme.packed:
-        tensors["weight_packed"] = _pack(codes, scheme.bits)
-        tensors["weight_shape"] = np.array(codes.shape, np.int64)
-        if zeros is not None:
-            tensors["weight_zero_point"] = _pack(zeros.T, scheme.bits).T
+    if scheme.type == "int":
+        tensors |= _pack_integers(q, scheme)
+    elif scheme.packed:
+        tensors["weight_packed"] = swap_pairs(codes)
     else:
-        tensors["weight"] = _signed(codes, offset)
-        if zeros is not None:
-            tensors["weight_zero_point"] = _signed(zeros, offset)
+        tensors["weight"] = codes.view(ml_dtypes.float8_e4m3fn)
     return {name: np.ascontiguousarray(tensors[name]) for name in suffixes(scheme)}
 
 
@@ -94,74 +117,66 @@ def read(
     if isinstance(scheme.group, int) and size % scheme.group:
         raise UserError(f"rows of {size} are not whole groups of {scheme.group}")
     rows = (1,) if scheme.group == "tensor" else (out, groups)
-    scales = _checked(tensors, "weight_scale", rows).reshape(-1, groups)
-    offset, zeros = 1 << (scheme.bits - 1), None
+    kind = np.uint8 if scheme.type == "float" and scheme.packed else None
+    scales, zeros = checked(tensors, "weight_scale", rows, kind).reshape(-1, groups), None
+    if scheme.type == "int":
+        format = f"int{scheme.bits}"
+        codes, zeros = _read_integers(tensors, shape, scheme, rows)
+    elif scheme.packed:
+        format = "mxfp4"
+        codes = swap_pairs(checked(tensors, "weight_packed", (out, size // 2), np.uint8))
+    else:
+        format = "fp8_e4m3fn"
+        codes = checked(tensors, "weight", shape, ml_dtypes.float8_e4m3fn).view(np.uint8)
+    return Quantized(codes, scales, zeros, format=format, dtype=np.dtype(dtype))
+
+
+def _pack_integers(q: Quantized, scheme: Scheme) -> dict[str, np.ndarray]:
+    """What `pack` returns of codes and zero points."""
+    codes, zeros = _codes(q), None if q.zeros is None else np.asarray(q.zeros)
     if scheme.packed:
-        given = _checked(tensors, "weight_shape", (2,)).tolist()
+        tensors = {"weight_packed": pack_words(codes, scheme.bits)}
+        tensors["weight_shape"] = np.array(codes.shape, np.int64)
+        if zeros is not None:
+            tensors["weight_zero_point"] = pack_words(zeros.T, scheme.bits).T
+        return tensors
+    offset = 1 << (scheme.bits - 1)
+    tensors = {"weight": signed(codes, offset)}
+    return tensors if zeros is None else tensors | {"weight_zero_point": signed(zeros, offset)}
+
+
+def _read_integers(
+    tensors: Mapping[str, np.ndarray],
+    shape: tuple[int, int],
+    scheme: Scheme,
+    rows: tuple[int, ...],
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """codes and zeros of the Quantized; rows: the shape of the scales."""
+    (out, size), offset, zeros = shape, 1 << (scheme.bits - 1), None
+    if scheme.packed:
+        given = checked(tensors, "weight_shape", (2,)).tolist()
         if given != [out, size]:
             raise UserError(f"weight_shape says {given}, expected {[out, size]}")
-        words = _checked(tensors, "weight_packed", (out, _words(size, scheme.bits)), np.int32)
-        codes = _unpack(words, scheme.bits, size)
+        stored = checked(tensors, "weight_packed", (out, words(size, scheme.bits)), np.int32)
+        codes = unpack_words(stored, scheme.bits, size)
         if not scheme.symmetric:
-            packed = _words(out, scheme.bits), groups
-            words = _checked(tensors, "weight_zero_point", packed, np.int32)
-            zeros = _unpack(words.T, scheme.bits, out).T
+            packed = words(out, scheme.bits), rows[-1]
+            stored = checked(tensors, "weight_zero_point", packed, np.int32)
+            zeros = unpack_words(stored.T, scheme.bits, out).T
     else:
-        codes = _unsigned(_checked(tensors, "weight", (out, size), np.int8), offset)
+        codes = unsigned(checked(tensors, "weight", shape, np.int8), offset)
         if not scheme.symmetric:
-            zeros = _unsigned(_checked(tensors, "weight_zero_point", rows, np.int8), offset)
+            zeros = unsigned(checked(tensors, "weight_zero_point", rows, np.int8), offset)
     if scheme.bits == 8:
-        return Quantized(_signed(codes, 128), scales, format="int8", dtype=np.dtype(dtype))
+        return signed(codes, 128), None
     if size % 2:
         raise UserError(f"rows of {size} are odd, and int4 is held in pairs")
-    pairs = (codes[:, ::2] << 4) | codes[:, 1::2]
-    return Quantized(pairs, scales, zeros, format="int4", dtype=np.dtype(dtype))
+    return (codes[:, ::2] << 4) | codes[:, 1::2], zeros
 
 
 def _codes(q: Quantized) -> np.ndarray:
     """uint8 [out, in], 0 for the lowest code."""
     codes = np.asarray(q.codes)
     if q.format == "int8":
-        return _unsigned(codes, 128)
+        return unsigned(codes, 128)
     return np.stack([codes >> 4, codes & 15], axis=-1).reshape(len(codes), -1)
-
-
-def _signed(codes: np.ndarray, offset: int) -> np.ndarray:
-    return (codes.astype(np.int16) - offset).astype(np.int8)
-
-
-def _unsigned(codes: np.ndarray, offset: int) -> np.ndarray:
-    return (codes.astype(np.int16) + offset).astype(np.uint8)
-
-
-def _words(n: int, bits: int) -> int:
-    return -(-n * bits // 32)
-
-
-def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [rows, n] as int32 [rows, words]."""
-    tail = -codes.shape[1] % (32 // bits)
-    padded = np.pad(codes, ((0, 0), (0, tail)))
-    if bits == 4:
-        padded = padded[:, ::2] | (padded[:, 1::2] << 4)
-    return np.ascontiguousarray(padded).view("<i4")
-
-
-def _unpack(words: np.ndarray, bits: int, n: int) -> np.ndarray:
-    """The inverse of `_pack`."""
-    codes = np.ascontiguousarray(words.astype("<i4")).view(np.uint8)
-    if bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
-    return codes[:, :n]
-
-
-def _checked(
-    tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: Any = None
-) -> np.ndarray:
-    tensor = np.asarray(tensors[name])
-    if tensor.shape != shape or dtype not in (None, tensor.dtype):
-        kind = "" if dtype is None else np.dtype(dtype).name
-        raise UserError(
-            f"{name} is {tensor.dtype.name}{list(tensor.shape)}, expected {kind}{list(shape)}"
-        )
-    return tensor

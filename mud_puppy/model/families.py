@@ -204,12 +204,6 @@ def _refuse_unread(config: Any, reads: tuple[str, ...]) -> None:
         and value is not None
         and value is not False
     }
-    if "quantization_config" in unread:
-        method = unread["quantization_config"].get("quant_method", "unknown")
-        raise UserError(
-            f"config: the checkpoint is quantized ({method}); reading quantized checkpoints "
-            "arrives with issue 6, load the unquantized model instead"
-        )
     if unread:
         raise UserError(
             f"config: {config.model_type} fields that are not understood: "

@@ -39,7 +39,7 @@ def pack(
     is no float16.
     """
     out, n = codes.shape
-    _check_words(bits, inputs=n, outputs=out)
+    check_shape((out, n), bits)
     if zeros is None:
         zeros = np.full(scales.shape, 1 << (bits - 1), np.uint8)
     if not zeros.all():
@@ -81,7 +81,7 @@ def read(
     """
     bits, groups = int(config["bits"]), tensors["scales"].shape[0]
     (out, n), per_group = shape, -(-shape[1] // groups)
-    _check_words(bits, inputs=n, outputs=out)
+    check_shape((out, n), bits)
     expected = {
         "qweight": (n * bits // 32, out),
         "qzeros": (groups, out * bits // 32),
@@ -108,6 +108,17 @@ def read(
     plain = (zeros == 1 << (bits - 1)).all()
     stored = None if plain else jnp.asarray(zeros)
     return to_quantized(jnp.asarray(codes), jnp.asarray(scales), stored, bits, dtype)
+
+
+def check_shape(shape: tuple[int, int], bits: int) -> None:
+    """UserError unless a weight [out, in] fills 32-bit words on both sides, as `pack` needs."""
+    need = 32 // gcd(bits, 32)
+    for what, size in zip(("outputs", "inputs"), shape, strict=True):
+        if size % need:
+            raise UserError(
+                f"GPTQ: {size} {what} do not fill 32-bit words of {bits} bits; they must be a "
+                f"multiple of {need}"
+            )
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -158,16 +169,6 @@ def quantization_config(
             "clip": clip,
         },
     }
-
-
-def _check_words(bits: int, inputs: int, outputs: int) -> None:
-    need = 32 // gcd(bits, 32)
-    for what, size in (("inputs", inputs), ("outputs", outputs)):
-        if size % need:
-            raise UserError(
-                f"GPTQ: {size} {what} do not fill 32-bit words of {bits} bits; they must be a "
-                f"multiple of {need}"
-            )
 
 
 def _to_words(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -21,8 +21,9 @@ from mud_puppy.model.gguf import open_gguf
 from mud_puppy.model.hf_config import read_config_file, to_config
 from mud_puppy.model.module import Model, axes, build
 from mud_puppy.model.names import flatten, hf_names, unflatten
+from mud_puppy.model.quantized_files import Codes, take_config
 from mud_puppy.model.read import blocks, read_leaf
-from mud_puppy.model.tensors import DTYPES, Stored
+from mud_puppy.model.tensors import DTYPES, Stored, check_float
 from mud_puppy.parallel import shardings
 from mud_puppy.weights.tree import stack
 
@@ -52,19 +53,27 @@ def load(
         config, tensors = open_gguf(path)
     else:
         config, tensors = read_config_file(path, trust_remote_code), open_tensors(path)
+    quantization = take_config(config)
     arch = _read_arch(config, path)
     model, shapes = build(arch, _lasting(source))
     names, structs = hf_names(arch, shapes), flatten(shapes)
-    _check(arch, names, structs, tensors, path)
+    codes = None if quantization is None else Codes(path, quantization, names, tensors)
+    _check(arch, names, structs, tensors, path, {} if codes is None else codes.parts)
     over = {} if mesh is None else flatten(shardings(mesh, axes(arch), shapes))
     leaves = {}
     for leaf, struct in structs.items():
+        if codes is not None and codes.holds(leaf):
+            kind = dtype or tensors[names["final_norm"][0]].dtype.name
+            layers = codes.read(leaf, struct.shape, kind)
+            made = layers if on_leaf is None else (on_leaf(leaf, x) for x in layers)
+            leaves[leaf] = stack(made, len(names[leaf])) if _stacked(leaf) else next(iter(made))
+            continue
         parts = [tensors[name] for name in names[leaf]]
         if on_leaf is None:
             leaves[leaf] = read_leaf(parts, struct.shape, dtype, over.get(leaf))
             continue
         place = over.get(leaf)
-        if not leaf.startswith("layers/"):
+        if not _stacked(leaf):
             leaves[leaf] = on_leaf(leaf, read_leaf(parts, struct.shape, dtype, place))
             continue
         # A layer at a time, and each put into the stack: the whole is never here twice.
@@ -72,7 +81,7 @@ def load(
         layers = (read_leaf([part], struct.shape[1:], dtype, place) for part in parts)
         leaves[leaf] = stack((on_leaf(leaf, x) for x in layers), len(parts))
     params = unflatten(shapes, leaves)
-    if mesh is not None and on_leaf is not None:
+    if mesh is not None and (on_leaf is not None or codes is not None):
         params = jax.device_put(params, shardings(mesh, axes(arch), params))
     return model, params
 
@@ -90,6 +99,7 @@ def abstract(
     else:
         path = find_model(source, weights=False, code=trust_remote_code)
         config = open_gguf(path)[0] if path.is_file() else read_config_file(path, trust_remote_code)
+        take_config(config)
         model, shapes = build(_read_arch(config, path), _lasting(source))
     kind = jnp.dtype(dtype)
     return model, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind), shapes)
@@ -115,24 +125,38 @@ def _read_arch(config: Any, where: Path | str) -> Arch:
         raise UserError(f"{where}: {error}") from None
 
 
+def _stacked(leaf: str) -> bool:
+    return leaf.startswith("layers/")
+
+
 def _check(
-    arch: Arch, names: dict[str, list[str]], structs: dict[str, Any], tensors: Tensors, where: Path
+    arch: Arch,
+    names: dict[str, list[str]],
+    structs: dict[str, Any],
+    tensors: Tensors,
+    where: Path,
+    coded: dict[str, list[str]],
 ) -> None:
-    """Every tensor that the model needs is there in its shape, and none is left over."""
+    """Every tensor that the model needs is there in its shape, and none is left over. coded: the
+    tensors that stand for a weight, whose shapes their layout knows."""
     for path, struct in structs.items():
-        expected = struct.shape[1:] if path.startswith("layers/") else struct.shape
+        expected = struct.shape[1:] if _stacked(path) else struct.shape
         for name in names[path]:
+            if name in coded:
+                continue
             if name not in tensors:
                 raise UserError(
                     f"{where}: tensor '{name}' {expected} is missing: the checkpoint is "
                     f"incomplete, or its config is another model's"
                 )
+            check_float(tensors[name])
             if tensors[name].shape != expected:
                 raise UserError(
                     f"{where}: tensor '{name}' has shape {tensors[name].shape}, "
                     f"but the config says {expected}"
                 )
-    used = {name for group in names.values() for name in group}
+    used = {name for group in names.values() for name in group if name not in coded}
+    used |= {part for parts in coded.values() for part in parts}
     unread = [name for name in tensors if name not in used and not _ignored(name)]
     if arch.tied and "lm_head.weight" in unread:
         _check_tied(tensors["lm_head.weight"], tensors[names["embed"][0]], where)

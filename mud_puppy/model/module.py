@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mud_puppy.model.arch import Arch
 from mud_puppy.model.decoder import Cache, Inputs, decode, logits, scan_layers
 from mud_puppy.model.families import rows
+from mud_puppy.weights.tree import stack
 
 Tree = Any
 
@@ -159,19 +160,33 @@ def path_in_table(path: str) -> str:
     return "/".join(["layers", *parts[3:]]) if parts[0] == "layers" else path
 
 
-def init(arch: Arch, key: PRNGKeyArray, dtype: Any = jnp.float32) -> Tree:
+def init(
+    arch: Arch,
+    key: PRNGKeyArray,
+    dtype: Any = jnp.float32,
+    on_leaf: Callable[[str, Array], Any] | None = None,
+) -> Tree:
     """Random params: matrices normal with the config's std, norms one, biases zero.
 
-    Leaf by leaf, so that no more than one leaf exists in float32 beside the result.
+    Leaf by leaf, so that no more than one leaf exists in float32 beside the result; with `on_leaf`,
+    which is `load`'s, one layer of it.
     """
     count = itertools.count()
 
-    def leaf(path: str, shape: tuple[int, ...]) -> Array:
+    def leaf(path: str, shape: tuple[int, ...]) -> Any:
+        own = jax.random.fold_in(key, next(count))
+        if on_leaf is None:
+            return values(own, path, shape)
+        if not path.startswith("layers/"):
+            return on_leaf(path, values(own, path, shape))
+        keys = (jax.random.fold_in(own, r) for r in range(shape[0]))
+        return stack((on_leaf(path, values(k, path, shape[1:])) for k in keys), shape[0])
+
+    def values(own: PRNGKeyArray, path: str, shape: tuple[int, ...]) -> Array:
         if path.endswith("norm"):
             return jnp.ones(shape, dtype)
         if path.endswith("bias"):
             return jnp.zeros(shape, dtype)
-        own = jax.random.fold_in(key, next(count))
         return _normal(own, shape, arch.init_std, jnp.dtype(dtype))
 
     return layout(arch, leaf)

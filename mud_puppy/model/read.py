@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from mud_puppy.model.tensors import Stored
+from mud_puppy.model.tensors import Stored, check_float
 
 Bounds = tuple[slice, ...]
 
@@ -28,6 +28,8 @@ def read_leaf(
     sharding: NamedSharding | None,
 ) -> jax.Array:
     """A leaf [n, ...] from its n layers' tensors, or [...] from one; dtype None: as stored."""
+    for part in parts:
+        check_float(part)
     kind = np.dtype(dtype or reduce(jnp.promote_types, [part.dtype for part in parts]))
     if sharding is None:
         everything = tuple(slice(0, size) for size in shape)
@@ -52,6 +54,13 @@ def blocks(part: Stored) -> Iterator[tuple[int, np.ndarray]]:
         block = scratch[: min(step, rows - a)]
         part.read(a, a + len(block), block)
         yield a, block
+
+
+def whole(part: Stored) -> np.ndarray:
+    """All of a (small) tensor."""
+    out = np.empty(part.shape, part.dtype)
+    part.read(0, part.shape[0] if part.shape else 1, out)
+    return out
 
 
 def _fill_layers(

@@ -19,20 +19,33 @@ from safetensors import SafetensorError, safe_open
 
 from mud_puppy.errors import UserError
 
+# What a weight can be stored as, and loaded as.
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
+# What only the layouts of quantized weights store: never a weight as it is (`check_float`).
+CODES = {
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor on disk: `read(a, b, out)` fills C-contiguous `out` of `dtype` with rows a:b."""
+    """One tensor on disk: `read(a, b, out)` fills C-contiguous `out` of `dtype` with rows a:b.
+
+    where: file and name, for errors.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[int, int, np.ndarray], None]
+    where: str = ""
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
@@ -52,16 +65,25 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     return {name: _stored(path, 8 + size, name, entry) for name, entry in header.items()}
 
 
+def check_float(tensor: Stored) -> None:
+    """UserError for a tensor that can be no weight as it is: codes, or integers."""
+    if tensor.dtype not in DTYPES.values():
+        names = {dtype: name for name, dtype in CODES.items()}
+        raise _refused(tensor.where, names[tensor.dtype])
+
+
 def _stored(path: Path, start: int, name: str, entry: dict) -> Stored:
-    if entry["dtype"] not in DTYPES:
-        raise UserError(
-            f"{path}: tensor '{name}' is stored as {entry['dtype']}; "
-            f"dtypes that load: {', '.join(sorted(DTYPES))}"
-        )
-    shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+    known, where = DTYPES | CODES, f"{path}: tensor '{name}'"
+    if entry["dtype"] not in known:
+        raise _refused(where, entry["dtype"])
+    shape, dtype = tuple(entry["shape"]), known[entry["dtype"]]
     row_bytes = prod(shape[1:]) * dtype.itemsize
     read = partial(_read, path, start + entry["data_offsets"][0], row_bytes)
-    return Stored(shape, dtype, read)
+    return Stored(shape, dtype, read, where)
+
+
+def _refused(where: str, dtype: str) -> UserError:
+    return UserError(f"{where} is stored as {dtype}; dtypes that load: {', '.join(sorted(DTYPES))}")
 
 
 def _read(path: Path, start: int, row_bytes: int, a: int, b: int, out: np.ndarray) -> None:
@@ -82,7 +104,7 @@ def write_safetensors(
     tensors: Iterable[np.ndarray],
 ) -> None:
     """Writes the tensors, in the order of `specs` (name: shape, dtype), holding one at a time."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in (DTYPES | CODES).items()}
     header: dict[str, dict] = {
         "__metadata__": {"format": "pt"}
     }  # transformers refuses files without

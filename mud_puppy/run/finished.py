@@ -44,7 +44,8 @@ class Finished:
                     f"{self._folder}: holds layers of other options, data or model: "
                     f"{_changed(path, question)}; delete the folder or name another"
                 )
-            path.write_text(text)
+            if not path.exists():
+                path.write_text(text)
         except OSError as error:
             raise UserError(f"{self._folder}: cannot be written: {error}") from None
 

@@ -16,6 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mud_puppy.config import DTYPES, Config
+from mud_puppy.errors import UserError
+from mud_puppy.kernels.formats import GROUPS
 from mud_puppy.model import Model, axes, load, scan_layers
 from mud_puppy.parallel import batch_sharding, like, replicated, shardings
 from mud_puppy.run.loop import means
@@ -27,8 +29,12 @@ from mud_puppy.weights import (
     Lora,
     Scheme,
     add_lora,
+    base_of,
     check_savable,
     combine,
+    fake_quant,
+    fp8,
+    fp8_types,
     freeze_lora,
     is_weight,
     load_adapter,
@@ -36,6 +42,7 @@ from mud_puppy.weights import (
     module_names,
     partition,
     quantizer,
+    strip_fp8,
     with_dropout,
 )
 
@@ -45,7 +52,8 @@ Tree = Any
 @dataclass(frozen=True)
 class Prepared:
     """A run ready to go: `step(state, batch)` and `evaluate(state, batches)` are compiled at their
-    first call; `frozen` holds what does not train. `lower(batch)` lowers the step ahead of time.
+    first call; `frozen` holds what does not train. `measure(params, batches)` is `evaluate` of any
+    params of this model. `lower(batch)` lowers the step ahead of time.
     """
 
     model: Model
@@ -53,11 +61,12 @@ class Prepared:
     frozen: Tree
     step: Callable[[State, dict[str, np.ndarray]], tuple[State, Tree]]
     evaluate: Callable[[State, Any], dict[str, float]]
+    measure: Callable[[Tree, Any], dict[str, float]]
     lower: Callable[[dict[str, np.ndarray]], jax.stages.Lowered]
 
     def params(self, state: State) -> Tree:
-        """The whole params tree at `state`, dropout off."""
-        return with_dropout(combine(state.train, self.frozen), None)
+        """The whole params tree at `state`, dropout and float8 products off."""
+        return strip_fp8(with_dropout(combine(state.train, self.frozen), None))
 
 
 def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
@@ -72,12 +81,39 @@ def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
         config.model,
         dtype=stored,
         mesh=mesh,
-        on_leaf=quantizer(_scheme(config)) if config.method == "qlora" else None,
+        on_leaf=quantizer(scheme(config)) if config.method == "qlora" else None,
         trust_remote_code=config.trust_remote_code,
     )
-    model = replace(model, dtype=dtype)
-    if not config.adapts:
-        return model, params
+    _check_stored(config, params)
+    params = transformed(config, params)
+    params = jax.device_put(params, shardings(mesh, axes(model.arch), params))
+    return replace(model, dtype=dtype), params
+
+
+def transformed(config: Config, params: Tree) -> Tree:
+    """What the method trains, from a model's params: with adapters, on a grid, in float8."""
+    if config.adapts:
+        params = _with_adapters(config, params)
+    if config.method == "qat":
+        group = config.qat_group or (GROUPS["int4"] if config.qat_format == "int4" else None)
+        options = {"activations": config.qat_activations, "ranges": config.qat_ranges}
+        params = fake_quant(params, config.qat_format, group=group, **options)
+    if config.precision.startswith("fp8"):
+        params = fp8(params, emulated=config.precision == "fp8-emulated")
+    return params
+
+
+def _check_stored(config: Config, params: Tree) -> None:
+    """UserError for a checkpoint in codes, where the method would train or make them."""
+    codes = [w for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)]
+    if codes and config.method in ("full", "qat"):
+        raise UserError(
+            f"{config.model}: the model's weights are {base_of(codes[0]).format} codes, which do "
+            "not train: use method lora, or the unquantized model"
+        )
+
+
+def _with_adapters(config: Config, params: Tree) -> Tree:
     if config.adapter is not None:
         params = load_adapter(params, config.adapter)
         stack = config.adapter_mode == "stack"
@@ -94,17 +130,21 @@ def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
             dora=config.lora_dora,
         )
     check_savable(params)  # not after hours of training
-    return model, jax.device_put(params, shardings(mesh, axes(model.arch), params))
+    return params
 
 
-def _scheme(config: Config) -> Scheme:
+def scheme(config: Config) -> Scheme:
+    """What method qlora makes of the weights."""
     eight = "int8" if config.quant_embeddings else None
     double = config.quant_backend == "nf4" and config.quant_double
     return Scheme(config.quant_backend, config.quant_group, double=double, embed=eight, head=eight)
 
 
-def check_targets(config: Config, shapes: Tree) -> None:
-    """UserError for LoRA targets that this model (shapes as of `abstract`) does not have."""
+def check_asked(config: Config, shapes: Tree) -> None:
+    """UserError for what the config asks of a model or device that does not have it: LoRA targets
+    (shapes as of `abstract`), float8 products."""
+    if config.precision == "fp8":
+        fp8_types()
     if config.adapts and (config.adapter is None or config.adapter_mode == "stack"):
         match_targets(module_names(shapes), config.lora_targets)
 
@@ -164,13 +204,19 @@ def prepare(
         return step(state, frozen, None, put_batch(batch, mesh))
 
     def whole_set(state: State, batches: Any) -> dict[str, float]:
-        sums = [evaluate(state.train, frozen, None, put_batch(batch, mesh)) for batch in batches]
+        return on_batches(state.train, frozen, batches)
+
+    def measure(params: Tree, batches: Any) -> dict[str, float]:
+        return on_batches(params, jax.tree.map(lambda x: None, params), batches)
+
+    def on_batches(train: Tree, frozen: Tree, batches: Any) -> dict[str, float]:
+        sums = [evaluate(train, frozen, None, put_batch(batch, mesh)) for batch in batches]
         return {f"eval_{name}": value for name, value in means(sums).items()}
 
     def lower(batch: dict[str, np.ndarray]) -> jax.stages.Lowered:
         return step.lower(state, frozen, None, put_batch(batch, mesh))
 
-    return Prepared(model, state, frozen, one_step, whole_set, lower)
+    return Prepared(model, state, frozen, one_step, whole_set, measure, lower)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

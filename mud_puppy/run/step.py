@@ -17,7 +17,7 @@ from jaxtyping import Array
 from mud_puppy.model import Model
 from mud_puppy.run.methods import Method
 from mud_puppy.run.optimizer import global_norm
-from mud_puppy.weights import combine, with_dropout
+from mud_puppy.weights import combine, with_dropout, with_scales
 
 Tree = Any
 Batch = dict[str, Array]
@@ -76,7 +76,7 @@ def make_step(
         weight_sum = jnp.maximum(batch["weights"].sum(), 1e-6)
 
         def scaled_loss(train: Tree, micro: Batch, key: Array) -> tuple[Array, Tree]:
-            params = with_dropout(combine(train, frozen), key)
+            params = with_scales(with_dropout(combine(train, frozen), key))
             scores = method.score(model, params, reference, micro, run_layers)
             loss, metrics = method.loss(scores, micro, weight_sum)
             return loss * scale, metrics
@@ -105,7 +105,7 @@ def make_eval(model: Model, method: Method, run_layers: Callable) -> Callable:
     """evaluate(train, frozen, reference, batch) -> metrics, as sums, of one batch [A, B, ...]."""
 
     def evaluate(train: Tree, frozen: Tree, reference: Tree, batch: Batch) -> Tree:
-        params = combine(train, frozen)
+        params = with_scales(combine(train, frozen))
 
         def body(carry: None, micro: Batch) -> tuple[None, Tree]:
             scores = method.score(model, params, reference, micro, run_layers)

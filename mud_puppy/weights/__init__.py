@@ -14,6 +14,7 @@ from mud_puppy.weights.lora import (
     strip_lora,
     with_dropout,
 )
+from mud_puppy.weights.merged import merge_quantized, merged_view
 from mud_puppy.weights.quantize import Scheme, quantize, quantizer
 from mud_puppy.weights.tree import combine, module_names, partition
 
@@ -41,6 +42,8 @@ __all__ = [
     "load_adapter",
     "match_targets",
     "merge_lora",
+    "merge_quantized",
+    "merged_view",
     "module_names",
     "partition",
     "quantize",

@@ -45,7 +45,8 @@ def save_adapter(model: Any, params: Tree, out: str | Path) -> None:
     map_modules(lambda names, w: parts.update(_parts(names, w)), lambda name: None, params)
     if not parts:
         raise UserError("there is no adapter to save: no weight of these params has one")
-    dropouts = {w.dropout for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)}
+    leaves = jax.tree.leaves(params, is_leaf=is_weight)
+    dropouts = {w.dropout for w in leaves if isinstance(w, Lora)}
     write_adapter(
         Path(out).expanduser(), parts, module_names(params), max(dropouts), model.source or ""
     )

@@ -69,11 +69,15 @@ def quantize(
     scheme = Scheme(format, group, zero_points, double, embed, head)
 
     def change(path: tuple, w: Any) -> Any:
-        name = "/".join(jax.tree_util.keystr((key,), simple=True) for key in path)
-        encode = scheme.of(name)
+        encode = scheme.of(name := path_of(path))
         return w if encode is None else _under_adapters(encode, name, w)
 
     return jax.tree.map_with_path(change, params, is_leaf=is_weight)
+
+
+def path_of(path: tuple) -> str:
+    """A key path of `tree.map_with_path` as `load` writes paths."""
+    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def quantizer(scheme: Scheme) -> Callable[[str, jax.Array], Any]:

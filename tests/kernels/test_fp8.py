@@ -208,17 +208,20 @@ def test_a_scale_that_is_known_is_used():
 
 def test_one_scale_over_all_shards():
     """Split eight ways, the amax is still that of the whole."""
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    axes, host = (jax.sharding.AxisType.Auto,), jax.devices("cpu")
+    mesh = jax.make_mesh((8,), ("x",), axis_types=axes, devices=host)
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     x, w, g = normal(0, 64, 32), normal(1, 16, 32), normal(2, 64, 16)
     x = x.at[3].mul(300)  # one shard's rows are larger
+    x, w, g = jax.device_put((x, w, g), host[0])
 
     def f(x, w, g):
         y, pull = jax.vjp(lambda x, w: fp8_matmul(x, w), x, w)
         return y, *pull(g)
 
     want = jax.jit(f)(x, w, g)
-    got = jax.jit(f)(jax.device_put(x, split), w, jax.device_put(g, split))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    got = jax.jit(f)(*jax.device_put((x, w, g), (split, whole, split)))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
     alone = jnp.concatenate([fp8_matmul(part, w) for part in jnp.split(x, 8)])

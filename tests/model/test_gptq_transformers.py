@@ -16,7 +16,7 @@ from mud_puppy.kernels import dequantize
 from mud_puppy.model import abstract, init
 from mud_puppy.model.gptq_format import pack, quantization_config
 from mud_puppy.weights import is_weight
-from mud_puppy.weights.gptq import round_to_nearest, to_quantized
+from mud_puppy.weights.gptq import gptq, round_to_nearest, to_quantized
 
 CONFIG = {
     "model_type": "llama",
@@ -105,3 +105,39 @@ def test_logits_are_ours(tmp_path, bits, symmetric):
 def test_the_comparison_fails_for_other_codes(tmp_path):
     ours, _, theirs = both(tmp_path, 4, True, fault="codes")
     assert np.abs(ours - theirs).max() > 0.05 * np.abs(ours).max()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False)])
+def test_codes_are_those_of_gptqmodel(bits, symmetric):
+    """One group a block: gptqmodel takes the scales of later groups from before the block."""
+    import torch
+    from gptqmodel.quantization import QuantizeConfig
+    from gptqmodel.quantization.gptq import GPTQ
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 512, 128)) @ rng.normal(size=(128, 128))
+    w = rng.normal(size=(48, 128)) * 0.05
+    module = torch.nn.Linear(128, 48, bias=False)
+    module.weight.data = torch.tensor(w, dtype=torch.float32)
+    config = QuantizeConfig(
+        bits=bits, group_size=128, sym=symmetric, desc_act=False, act_group_aware=False,
+        damp_percent=0.01,
+    )  # fmt: skip
+    theirs = GPTQ(module, config)
+    theirs.quantizer.configure(perchannel=True)
+    with torch.no_grad():
+        seen = torch.tensor(x, dtype=torch.float32)
+        theirs.add_batch(seen, module(seen), 0)
+        want = theirs.quantize()[0].float().numpy()
+    hessian = jnp.asarray(x[0].T @ x[0], jnp.float32)
+    own = jnp.asarray(w, jnp.float32)
+    options = {"bits": bits, "group": 128, "symmetric": symmetric}
+    for found, same in (
+        (gptq(own, hessian, **options), True),
+        (round_to_nearest(own, **options), False),
+    ):
+        got = np.asarray(dequantize(to_quantized(*found, bits, jnp.float32)))
+        equal = np.isclose(got, want, atol=1e-3 * np.abs(w).max()).mean()
+        assert (equal > 0.97) == same, equal

@@ -1,0 +1,154 @@
+"""The bitsandbytes layout of nf4 linears, as transformers saves it, both ways, in numpy.
+
+A linear `M` of weight [out, in], whose row-major elements are cut into blocks, is stored as:
+
+    M.weight                                uint8 [n / 2, 1]   codes, the even in the high nibble
+    M.weight.absmax                         float32 [blocks]; uint8 codes where doubly quantized
+    M.weight.quant_map                      float32 [16]       the value of each code
+    M.weight.nested_absmax                  float32 [blocks / 256, rounded up]
+    M.weight.nested_quant_map               float32 [256]      the value of each absmax code
+    M.weight.quant_state.bitsandbytes__nf4  uint8, JSON: block size, shape, dtype, mean of absmax
+
+The nested ones only where doubly quantized. Blocks that run over the ends of rows, fp4 and
+LLM.int8 are not read. Source: `QuantState.as_dict` of
+https://github.com/bitsandbytes-foundation/bitsandbytes at 0.50.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mud_puppy.errors import UserError
+from mud_puppy.kernels import Quantized
+from mud_puppy.kernels.formats import NESTED, NF4, dynamic_map
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what its kernels are compiled for
+_STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+def suffixes(double: bool) -> tuple[str, ...]:
+    """The tensors that stand for `{module}.weight`, without "{module}."."""
+    nested = ("weight.nested_absmax", "weight.nested_quant_map") if double else ()
+    return ("weight", "weight.absmax", "weight.quant_map", *nested, _STATE)
+
+
+def pack(q: Quantized) -> dict[str, np.ndarray]:
+    """The tensors of one module [out, in], by `suffixes`; UserError where the layout has none."""
+    if q.format != "nf4" or q.group not in BLOCKS:
+        raise UserError(
+            f"bitsandbytes holds nf4 with groups of {', '.join(map(str, BLOCKS))}, "
+            f"not {q.format} with groups of {q.group}"
+        )
+    double = q.nested is not None
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": q.group,
+        "dtype": np.dtype(q.dtype).name,
+        "shape": list(q.shape),
+    }
+    tensors = {
+        "weight": np.asarray(q.codes).reshape(-1, 1),
+        "weight.absmax": np.asarray(q.scales).reshape(-1),
+        "weight.quant_map": NF4,
+    }
+    if double:
+        tensors["weight.nested_absmax"] = np.asarray(q.nested)
+        tensors["weight.nested_quant_map"] = dynamic_map()
+        state |= {
+            "nested_blocksize": NESTED,
+            "nested_dtype": "float32",
+            "nested_offset": float(np.asarray(q.offset)),
+        }
+    tensors[_STATE] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return {name: np.ascontiguousarray(tensors[name]) for name in suffixes(double)}
+
+
+def read(tensors: Mapping[str, np.ndarray], shape: tuple[int, int], dtype: Any) -> Quantized:
+    """The inverse of `pack`, in numpy; dtype: what `dequantize` returns. UserError for tensors that
+    are missing, left over, or of another shape than a weight of `shape` has."""
+    out, size = shape
+    double = "weight.nested_absmax" in tensors
+    if set(tensors) != set(suffixes(double)):
+        expected, given = ", ".join(suffixes(double)), ", ".join(sorted(tensors))
+        raise UserError(f"expected the tensors of bitsandbytes' nf4 ({expected}); got {given}")
+    state = _state(tensors[_STATE])
+    if state["shape"] != tuple(shape):
+        raise UserError(f"quant_state says shape {state['shape']}, expected {tuple(shape)}")
+    block = state["blocksize"]
+    if size % block:
+        raise UserError(f"blocks of {block} run over the ends of rows of {size}: not supported")
+    # Its storage dtype (bnb_4bit_quant_storage) is only how the bytes are labelled.
+    codes = np.ascontiguousarray(tensors["weight"]).reshape(-1).view(np.uint8)
+    if codes.size != out * size // 2:
+        raise UserError(f"weight holds {codes.size} bytes, expected {out * size // 2}")
+    _check_map(tensors, "weight.quant_map", NF4)
+    blocks, nested = out * size // block, {}
+    if double:
+        if state.get("nested_blocksize") != NESTED:
+            raise UserError(f"nested_blocksize is {state.get('nested_blocksize')}, not {NESTED}")
+        _check_map(tensors, "weight.nested_quant_map", dynamic_map())
+        absmax = _checked(tensors, "weight.nested_absmax", -(-blocks // NESTED), np.float32)
+        nested = {"nested": absmax, "offset": np.array(state["nested_offset"], np.float32)}
+    scales = _checked(tensors, "weight.absmax", blocks, np.uint8 if double else np.float32)
+    codes, scales = codes.reshape(out, -1), scales.reshape(out, -1)
+    return Quantized(codes, scales, **nested, format="nf4", dtype=np.dtype(dtype))
+
+
+def quantization_config(
+    double: bool, dtype: str, skip: list[str], head: bool = False
+) -> dict[str, Any]:
+    """config.json's `quantization_config`.
+
+    dtype: what products are computed in. skip: HF names of the linears that are stored as they are;
+    a head is one of them, for a tied head is a module too, unless `head` says that it is nf4.
+    """
+    plain = [*skip, *(["lm_head"] if not head and "lm_head" not in skip else [])]
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": plain,
+    }
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """UserError for a `quantization_config` of bitsandbytes that is not of nf4."""
+    kind = config.get("bnb_4bit_quant_type", "fp4")  # transformers' default
+    if config.get("load_in_8bit") or not config.get("load_in_4bit"):
+        kind = "LLM.int8"
+    if kind != "nf4":
+        raise UserError(f"quantization_config: bitsandbytes' {kind} is not supported, only its nf4")
+
+
+def _state(tensor: np.ndarray) -> dict[str, Any]:
+    try:
+        state = json.loads(np.asarray(tensor).tobytes())
+        kind, block = state["quant_type"], state["blocksize"]
+        state["shape"] = tuple(state["shape"])
+        if "nested_blocksize" in state:
+            state["nested_offset"] = float(state["nested_offset"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"quant_state is not the JSON of bitsandbytes ({error!r})") from None
+    if kind != "nf4" or block not in BLOCKS:
+        raise UserError(f"quant_state says {kind} in blocks of {block}; nf4 in {BLOCKS} is read")
+    return state
+
+
+def _check_map(tensors: Mapping[str, np.ndarray], name: str, values: np.ndarray) -> None:
+    if not np.allclose(_checked(tensors, name, len(values), np.float32), values, rtol=0, atol=1e-6):
+        raise UserError(f"{name} is not bitsandbytes' own: codes of other values are not read")
+
+
+def _checked(tensors: Mapping[str, np.ndarray], name: str, size: int, dtype: type) -> np.ndarray:
+    tensor, kind = np.asarray(tensors[name]), np.dtype(dtype)
+    if tensor.shape != (size,) or tensor.dtype != kind:
+        raise UserError(
+            f"{name} is {tensor.dtype.name}{list(tensor.shape)}, expected {kind.name}[{size}]"
+        )
+    return tensor

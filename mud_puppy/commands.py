@@ -1,4 +1,4 @@
-"""The verbs of the command line: preview, merge, quantize, export, generate, chat.
+"""The verbs of the command line: preview, merge, eval, quantize, export, generate, chat.
 
 A verb is a dataclass of keys (its flags) and a function that calls the room which does the work.
 jax and the rooms are imported inside the functions, so that help and errors come at once.
@@ -123,6 +123,59 @@ def run_quantize(args: Quantize) -> None:
     model, params = mp.load(args.model, dtype=dtype, on_leaf=quantizer(scheme))
     save_quantized(model, params, args.output, dtype)
     print(f"quantized model: {args.output}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure a model on text: perplexity, and what codes made of it lose (KL)."""
+
+    model: str = _flag(REQUIRED, "model folder, hub id or GGUF file")
+    dataset: str = _flag(REQUIRED, "text or chat file, or hub data set")
+    against: tuple[str, ...] = _flag(
+        (), "formats to try (nf4, int4, int8, mxfp4, fp8) or folders of the model in codes"
+    )
+    group: int | None = _flag(
+        None, "weights that share a scale in the formats that have a choice; null: their own",
+        AT_LEAST_2,
+    )  # fmt: skip
+    precision: Precision = _flag("bf16", "type that the model computes in")
+    max_seq_length: int = _flag(1024, "longest example in tokens", AT_LEAST_2)
+    batch_size: int = _flag(4, "rows that are read at a time", AT_LEAST_1)
+    train_on_prompt: bool = _flag(False, "measure every token, not the answers only")
+
+
+def run_eval(args: Eval) -> None:
+    """Prints a line for the model and for each of `against`."""
+    import mud_puppy as mp
+    from mud_puppy.config import Config
+    from mud_puppy.run.compare import compare
+    from mud_puppy.run.datasets import eval_data
+    from mud_puppy.weights.quantize import FORMATS, GROUPED
+
+    dtype = DTYPES[args.precision]
+    keys = "model dataset precision max_seq_length batch_size train_on_prompt".split()
+    config = Config.load({key: getattr(args, key) for key in keys} | {"output": "none"})
+    shaped, _ = mp.abstract(args.model)
+    held = eval_data(config, shaped, mp.load_tokenizer(args.model))
+    model, params = mp.load(args.model, dtype=dtype)
+
+    def line(name: str, other: Any) -> None:
+        found = compare(model, params, other, map(held.batch_at, range(held.steps_per_epoch)))
+        print(
+            f"{name}: perplexity {found.perplexity:.4f}, loss {found.loss:.4f}, "
+            f"KL {found.kl:.5f}, {found.tokens:.0f} tokens",
+            flush=True,
+        )
+
+    line(args.model, None)
+    for name in args.against:
+        if name in FORMATS:
+            line(name, mp.quantize(params, name, group=args.group if name in GROUPED else None))
+            continue
+        other, codes = mp.load(name, dtype=dtype)
+        if other.arch.vocab_size != model.arch.vocab_size or other.arch.layers != model.arch.layers:
+            raise UserError(f"--against: {name} is another model than {args.model}")
+        line(name, codes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +307,7 @@ class Command:
 COMMANDS = {
     "preview": Command(Preview, ("dataset",), run_preview),
     "merge": Command(Merge, ("model", "adapter"), run_merge),
+    "eval": Command(Eval, ("model",), run_eval),
     "quantize": Command(Quantize, ("model",), run_quantize),
     "export": Command(Export, ("run",), run_export),
     "generate": Command(Generate, ("model",), run_generate),

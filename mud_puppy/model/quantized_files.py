@@ -131,6 +131,11 @@ class Codes:
             self._modules[leaf] = modules
             for module, weight, suffixes in zip(modules, weights, found, strict=True):
                 self.parts[weight] = [f"{module}.{suffix}" for suffix in suffixes]
+        if not self.parts:
+            raise UserError(
+                f"{where}: config.json has a quantization_config, but no tensor is quantized; "
+                "remove it from config.json"
+            )
         missing = [p for parts in self.parts.values() for p in parts if p not in tensors]
         if missing:
             raise UserError(

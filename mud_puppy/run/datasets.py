@@ -52,6 +52,13 @@ def load_data(config: Config, model: Model, tokenizer: Any, batch_devices: int) 
     return RunData(train, evaluation, choose_prompts(config, model, tokenizer, held or rows))
 
 
+def eval_data(config: Config, model: Model, tokenizer: Any) -> Loader:
+    """All of `dataset` in order, to be measured or observed, not trained on."""
+    loader = _loader(list(_read(config.dataset, config)), config, tokenizer, 1, "eval")
+    _check_fit(loader.examples, config, model.arch, tokenizer)
+    return loader
+
+
 def _read(source: str, config: Config) -> tuple[Row, ...]:
     found = read_rows(source, config.on_bad_rows)
     for message in found.bad.messages:

@@ -20,6 +20,7 @@ from mud_puppy.weights.leaf import Lora, is_weight
 Tree = Any
 
 FORMATS = ("nf4", "int4", "int8", "mxfp4", "fp8")
+GROUPED = ("nf4", "int4", "int8", "fp8")  # mxfp4's groups are 32
 
 
 @dataclass(frozen=True)

@@ -171,23 +171,21 @@ def init(
     Leaf by leaf, so that no more than one leaf exists in float32 beside the result; with `on_leaf`,
     which is `load`'s, one layer of it.
     """
-    count = itertools.count()
+    count, kind = itertools.count(), jnp.dtype(dtype)
 
     def leaf(path: str, shape: tuple[int, ...]) -> Any:
-        own = jax.random.fold_in(key, next(count))
-        if on_leaf is None:
-            return values(own, path, shape)
-        if not path.startswith("layers/"):
-            return on_leaf(path, values(own, path, shape))
-        keys = (jax.random.fold_in(own, r) for r in range(shape[0]))
-        return stack((on_leaf(path, values(k, path, shape[1:])) for k in keys), shape[0])
+        fill = {"norm": jnp.ones, "bias": jnp.zeros}.get(path[-4:])
+        own = key if fill else jax.random.fold_in(key, next(count))
 
-    def values(own: PRNGKeyArray, path: str, shape: tuple[int, ...]) -> Array:
-        if path.endswith("norm"):
-            return jnp.ones(shape, dtype)
-        if path.endswith("bias"):
-            return jnp.zeros(shape, dtype)
-        return _normal(own, shape, arch.init_std, jnp.dtype(dtype))
+        def values(own: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+            return fill(shape, dtype) if fill else _normal(own, shape, arch.init_std, kind)
+
+        if on_leaf is None:
+            return values(own, shape)
+        if not path.startswith("layers/"):
+            return on_leaf(path, values(own, shape))
+        keys = (jax.random.fold_in(own, r) for r in range(shape[0]))
+        return stack((on_leaf(path, values(k, shape[1:])) for k in keys), shape[0])
 
     return layout(arch, leaf)
 

@@ -86,6 +86,7 @@ def _show_log() -> None:
 def _run_command(name: str, argv: list[str]) -> None:
     command = COMMANDS[name]
     given = _parse(command_parser(name, command), argv, command.positional)
+    _show_log()
     labelled = {key: Given(value, flag(key)) for key, value in given.items()}
     command.run(command.keys(**convert_all(keys_of(command.keys), labelled)))
 

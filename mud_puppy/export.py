@@ -24,11 +24,10 @@ from mud_puppy.model.save import Spec, write_configs, write_tokenizer, write_wei
 from mud_puppy.model.tokenizer import load_tokenizer
 from mud_puppy.parallel import make_mesh
 from mud_puppy.run.checkpoint import Checkpoints
-from mud_puppy.run.prepare import load_params, prepare
+from mud_puppy.run.prepare import load_params, merge_scheme, on_grid, prepare
 from mud_puppy.weights import (
     Int8Dynamic,
     Lora,
-    Scheme,
     base_of,
     dense,
     finish_fake_quant,
@@ -103,14 +102,8 @@ def save_quantized(
     check_dtype(dtype)
     _refuse_adapters(params)
     places = _places(model, params)
-    linears = {
-        name.removesuffix(".weight"): place
-        for name, place in places.items()
-        if name.endswith(".weight") and len(_spec(*place, dtype)[0]) == 2
-    }
-    coded = {module: place for module, place in linears.items() if isinstance(place[0], _CODES)}
-    shapes = {m: _one(*coded[m], abstract=True) if m in coded else None for m in linears}
-    layout = layout or writer(shapes, dtype)
+    coded = _coded(places, dtype)
+    layout = layout or _layout(places, dtype)
     packed = lru_cache(maxsize=1)(lambda module: layout.pack(_one(*coded[module])))
     specs: dict[str, Spec] = {}
     of: dict[str, tuple[str, str]] = {}
@@ -132,6 +125,18 @@ def save_quantized(
 
     extra = {"quantization_config": layout.config}
     _write(model, Path(out).expanduser(), specs, tensor, dtype, tokenizer, max_shard_bytes, extra)
+
+
+def check_result(config: Config, model: Model, shapes: Tree) -> None:
+    """UserError, before the run, for codes that it would make at its end but cannot: rows that no
+    group divides, formats and groups that no layout holds. model, shapes: as of `abstract`."""
+    made = []
+    if config.method == "qat":
+        made.append(lambda p: finish_fake_quant(on_grid(config, p)))
+    if config.merge_lora and config.merged_as not in DTYPES:
+        made.append(lambda p: merged_params(config, p, config.merged_as))
+    for codes in made:
+        _layout(_places(model, jax.eval_shape(codes, shapes)), "bfloat16")
 
 
 def merge_adapter(
@@ -168,8 +173,7 @@ def export_run(
         state = Checkpoints(folder).replace(prepared.state, step).state
         tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         if merge:
-            how = config.merge_precision or config.precision
-            write_merged(model, prepared.params(state), output, how, tokenizer)
+            write_merged(config, output, model, prepared.params(state), tokenizer)
         else:
             write_result(config, Path(output), model, prepared.params(state), tokenizer)
 
@@ -189,19 +193,25 @@ def write_result(config: Config, out: Path, model: Model, params: Tree, tokenize
     write_tokenizer(out, None, tokenizer)
 
 
-def write_merged(model: Model, params: Tree, out: str | Path, how: str, tokenizer: Any) -> None:
-    """The merged model, stored as `how` says: a precision, or a format of codes."""
+def write_merged(
+    config: Config, out: str | Path, model: Model, params: Tree, tokenizer: Any
+) -> None:
+    """The merged model, stored as the config says: in a precision, or in codes."""
+    how = config.merged_as
     if how in DTYPES:
         save_merged(model, strip_fake_quant(params), out, DTYPES[how], tokenizer)
     else:
-        save_quantized(model, merged_as(params, how), out, "bfloat16", tokenizer)
+        codes = merged_params(config, params, how)
+        save_quantized(model, codes, out, "bfloat16", tokenizer)
 
 
-def merged_as(params: Tree, how: str) -> Tree:
-    """Params of which a forward pass is that of the model which `write_merged` writes."""
+def merged_params(config: Config, params: Tree, how: str) -> Tree:
+    """Params of which a forward pass is that of the merged model; how: a precision, or the config's
+    `merged_as`."""
+    params = strip_fake_quant(params)
     if how in DTYPES:
-        return merged_view(strip_fake_quant(params), DTYPES[how])
-    return merge_quantized(strip_fake_quant(params), Scheme(how), "bfloat16")
+        return merged_view(params, DTYPES[how])
+    return merge_quantized(params, merge_scheme(config), "bfloat16")
 
 
 def _refuse_adapters(params: Tree) -> None:
@@ -223,6 +233,29 @@ def _places(model: Model, params: Tree) -> dict[str, Place]:
         for path, names in hf_names(model.arch, params).items()
         for layer, name in enumerate(names)
     }
+
+
+def _coded(places: dict[str, Place], dtype: str) -> dict[str, Place]:
+    """Where the weights in codes are, by module."""
+    found = {name.removesuffix(".weight"): place for name, place in _linears(places, dtype)}
+    return {module: place for module, place in found.items() if isinstance(place[0], _CODES)}
+
+
+def _linears(places: dict[str, Place], dtype: str) -> list[tuple[str, Place]]:
+    return [
+        (name, place)
+        for name, place in places.items()
+        if name.endswith(".weight") and len(_spec(*place, dtype)[0]) == 2
+    ]
+
+
+def _layout(places: dict[str, Place], dtype: str) -> Writer:
+    """How the weights are written; UserError where no layout holds them."""
+    shapes = {}
+    for name, place in _linears(places, dtype):
+        coded = isinstance(place[0], _CODES)
+        shapes[name.removesuffix(".weight")] = _one(*place, abstract=True) if coded else None
+    return writer(shapes, dtype)
 
 
 def _one(leaf: Any, layer: int | None, abstract: bool = False) -> Any:

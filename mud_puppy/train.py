@@ -7,7 +7,6 @@ is `mud-puppy --config C`, and `mud_puppy.train(config)` the same from Python.
 
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from typing import Any
 
 import jax
 
-from mud_puppy.config import Config, check_output
+from mud_puppy.config import Config, check_output, clear_output
 from mud_puppy.data import prefetch
-from mud_puppy.export import merged_as, write_merged, write_result
+from mud_puppy.export import check_result, merged_params, write_merged, write_result
+from mud_puppy.gptq import run_gptq
 from mud_puppy.model import Model, abstract, load_tokenizer
 from mud_puppy.parallel import batch_devices, make_mesh
 from mud_puppy.run.checkpoint import Checkpoints
@@ -31,7 +31,6 @@ from mud_puppy.run.prompts import uses_chat
 from mud_puppy.run.record import changed_keys
 from mud_puppy.run.recorder import Recorder
 from mud_puppy.sampling import generate
-from mud_puppy.weights import merged_view
 
 Tree = Any
 log = logging.getLogger("mud_puppy")
@@ -42,7 +41,7 @@ class Result:
     """What a run leaves: the folder, the trained model, the last logged numbers.
 
     reason: "done", "early stopping" or "signal". metrics: the last values by name, such as loss
-    and eval_loss.
+    and eval_loss. Method gptq trains nothing: 0 steps, metrics of an evaluation set alone.
     """
 
     output: Path
@@ -58,9 +57,13 @@ def train(source: Config | Mapping[str, Any] | str | os.PathLike) -> Result:
     config = Config.load(source)
     output = check_output(config)
     _keep_compilations()
+    if config.method == "gptq":
+        model, params, metrics = run_gptq(config, output)
+        return Result(output, model, params, 0, "done", metrics)
     mesh = make_mesh(config.mesh)
     shaped, shapes = abstract(config.model, trust_remote_code=config.trust_remote_code)
     check_asked(config, shapes)
+    check_result(config, shaped, shapes)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     data = load_data(config, shaped, tokenizer, batch_devices(mesh))
     with jax.set_mesh(mesh), memory_errors():
@@ -72,7 +75,7 @@ def train(source: Config | Mapping[str, Any] | str | os.PathLike) -> Result:
 
 def _run(config: Config, output: Path, run: Prepared, data: RunData, tokenizer: Any) -> Result:
     if config.overwrite:  # only now: whatever is wrong with the inputs has been said
-        _clear(output)
+        clear_output(output)
     checkpoints = Checkpoints(output, config.keep_checkpoints)
     state, course = run.state, Course()
     if config.resume and checkpoints.latest() is not None:
@@ -105,9 +108,8 @@ def _run(config: Config, output: Path, run: Prepared, data: RunData, tokenizer: 
         params = run.params(state)
         write_result(config, output, run.model, params, tokenizer)
         if config.merge_lora:
-            how = config.merge_precision or config.precision
-            write_merged(run.model, params, output / "merged", how, tokenizer)
-            _measure_merged(run, params, how, data, record, int(state.step))
+            write_merged(config, output / "merged", run.model, params, tokenizer)
+            _measure_merged(config, run, params, data, record, int(state.step))
         log.info("%s at step %d: %s", ended.reason, int(state.step), output)
         return _result(output, run, state, ended.reason, record)
 
@@ -141,7 +143,7 @@ def _evaluation(run: Prepared, data: RunData) -> Any:
 
 
 def _measure_merged(
-    run: Prepared, params: Tree, how: str, data: RunData, record: Recorder, step: int
+    config: Config, run: Prepared, params: Tree, data: RunData, record: Recorder, step: int
 ) -> None:
     """The evaluation loss of the model as it trained and as it was merged."""
     held = data.evaluation
@@ -152,9 +154,9 @@ def _measure_merged(
     def loss(params: Tree) -> float:
         return run.measure(params, map(held.batch_at, range(held.steps_per_epoch)))["eval_loss"]
 
-    found = {"with its adapter": loss(params), "merged bf16": loss(merged_view(params, "bfloat16"))}
-    if how not in found and how != "bf16":
-        found[f"merged {how}"] = loss(merged_as(params, how))
+    found = {"with its adapter": loss(params)}
+    for how in dict.fromkeys(("bf16", config.merged_as)):
+        found[f"merged {how}"] = loss(merged_params(config, params, how))
     record(step, {f"eval_loss {name}".replace(" ", "_"): value for name, value in found.items()})
     log.info("eval loss: %s", "; ".join(f"{name} {value:.4f}" for name, value in found.items()))
 
@@ -180,38 +182,6 @@ def _keep_compilations() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "mud_puppy" / "xla"))
-
-
-# What a run writes. --overwrite removes this and nothing else that lies in the folder.
-_WRITTEN = (
-    "checkpoint-[0-9]*",
-    "merged",
-    "qat_int[48]",
-    "tensorboard",
-    "wandb",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "model.safetensors",
-    "model-?????-of-?????.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "config.yaml",
-    "generation_config.json",
-    "metrics.jsonl",
-    "run.json",
-    "samples.json",
-    "wandb_id",
-    "report.html",
-)
-
-
-def _clear(output: Path) -> None:
-    """--overwrite: nothing of an earlier run is left to be mistaken for this one's."""
-    for path in {path for pattern in _WRITTEN for path in output.glob(pattern)}:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 class _Callable(ModuleType):

@@ -66,6 +66,7 @@ CONTEXT = {
     "quant_backend": {"method": "qlora"},
     "quant_group": {"method": "qlora"},
     "quant_embeddings": {"method": "qlora"},
+    **{key: {"method": "gptq"} for key in KEYS if key.startswith("gptq_")},
     **{f"qat_{key}": {"method": "qat"} for key in "format group activations ranges lora".split()},
 }
 
@@ -139,7 +140,7 @@ BAD_COMMANDS = {
         ["m", "d", "--output", "o", "--optimizer", "adam"],
         "--optimizer: 'adam' is not",
     ),
-    "later method": (["m", "d", "--output", "o", "--method", "gptq"], "--method: gptq arrives"),
+    "later method": (["m", "d", "--output", "o", "--method", "rl"], "--method: rl arrives"),
     "fp8 of codes": (
         ["m", "d", "--output", "o", "--precision", "fp8", "--method", "qlora"],
         "--precision: nf4 codes have no float8 products; use bf16, or",
@@ -149,7 +150,10 @@ BAD_COMMANDS = {
         ["m", "d", "--output", "o", "--method", "qlora", "--quant-backend", "nf5"],
         "--quant-backend: 'nf5' is not one of nf4",
     ),
-    "gptq flag": (["m", "d", "--gptq-actorder"], "--gptq-actorder: belongs to method gptq"),
+    "gptq flag": (
+        ["m", "d", "--output", "o", "--gptq-actorder"],
+        "--gptq-actorder: true has no effect: gptq_actorder needs method gptq.",
+    ),
     "pipeline": (["m", "d", "--output", "o", "--device-map", "pipeline"], "--device-map: pipeline"),
     "no value": (["m", "d", "--output"], "--output: expected one argument; see mud-puppy --help."),
     "no output": (["m", "d"], "output is missing: give --output or"),
@@ -208,8 +212,8 @@ BAD_YAML = {
     "bad YAML": ("model: [m\n", "c.yaml:2: not valid YAML"),
     "empty": ("", "c.yaml: the config is empty"),
     "later method": (
-        "method: gptq\n",
-        "c.yaml:1: method: gptq arrives with the quantization issue",
+        "method: rl\n",
+        "c.yaml:1: method: rl arrives with the reinforcement-learning issue",
     ),
     "compile": ("compile: false\n", "c.yaml:1: compile: has no meaning here"),
 }

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mud_puppy.config import KEYS, Config, check_output
 from mud_puppy.config import refused as refused_table
-from mud_puppy.config.schema import Limit, allowed, base_type
+from mud_puppy.config.schema import Limit, allowed, base_type, choices
 from mud_puppy.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +41,8 @@ ROUND_TRIPS = [
     {"adapter": "a", "merge_lora": True, "merge_precision": "fp32", "mesh": "data=2,fsdp=4"},
     {"lr_scheduler": "cosine_with_restarts", "lr_restarts": 5, "optimizer": "lion"},
     {"train_on_prompt": True, "resume": True, "gradient_checkpointing": False},
+    {"method": "gptq", "gptq_bits": 3, "gptq_group_size": -1, "gptq_awq": True, "batch_size": 2},
+    {"method": "gptq", "tokens_per_batch": 4096, "eval_split": 0.1, "gptq_actorder": False},
 ]
 
 
@@ -132,7 +134,7 @@ BAD_VALUES = [
     (
         "method",
         "lroa",
-        "config: method: 'lroa' is not one of full, lora, qlora, qat. Did you mean 'lora'?",
+        "config: method: 'lroa' is not one of full, lora, qlora, qat, gptq. Did you mean 'lora'?",
     ),
     (
         "gradient_checkpointing",
@@ -217,6 +219,10 @@ WITHOUT_EFFECT = [
     ({"optimizer": "sgd", "adam_beta1": 0.8}, "adam_beta1"),
     ({"sample_prompts": 0, "sample_max_new_tokens": 8}, "sample_max_new_tokens"),
     ({"mesh": "fsdp=1", "device_map": "auto"}, "device_map"),
+    ({"gptq_group_size": 64}, "gptq_group_size"),
+    ({"method": "full", "gptq_awq": True}, "gptq_awq"),
+    ({"method": "gptq", "eval_split": 0.1, "eval_steps": 3}, "eval_steps"),
+    ({"method": "gptq", "sample_max_new_tokens": 8}, "sample_max_new_tokens"),
 ]
 
 
@@ -227,6 +233,27 @@ def test_a_key_without_effect_is_refused(keys, key):
     assert f"has no effect: {key} needs " in line
     without = {name: value for name, value in keys.items() if name != key}
     assert Config.load(BASE | without)
+
+
+TRAINING = [
+    spec
+    for spec in KEYS.values()
+    if spec.metadata["section"] in ("training", "LoRA")
+    and spec.name not in ("batch_size", "tokens_per_batch")
+]
+
+
+def some(spec):
+    """A value that is more than null, false or 0."""
+    if choices(spec):
+        return choices(spec)[-1]
+    return spec.default or {bool: True, int: 8, float: 0.5}.get(base_type(spec), "x")
+
+
+@pytest.mark.parametrize("spec", TRAINING, ids=[spec.name for spec in TRAINING])
+def test_gptq_takes_no_key_of_training(spec):
+    line = error(method="gptq", **{spec.name: some(spec)})
+    assert f"has no effect: {spec.name} needs " in line
 
 
 def test_switching_off_what_is_off_is_no_error():
@@ -311,7 +338,8 @@ def test_output_that_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_load(path):
-    assert Config.load(path, {"max_steps": 2}).max_steps == 2
+    keys = {} if Config.load(path).method == "gptq" else {"max_steps": 2}
+    assert Config.load(path, keys).max_steps == keys.get("max_steps")
 
 
 def test_docs_list_every_key():

@@ -7,7 +7,7 @@ import mud_puppy
 
 ROOT = Path(mud_puppy.__file__).parent
 ORDER = (
-    "errors kernels rocm weights losses parallel model sampling run export train commands "
+    "errors kernels rocm weights losses parallel model sampling run export gptq train commands "
     "cli".split()
 )
 ALONE = {"data": {"errors"}, "config": {"errors"}, "kernels": set(), "losses": set()}

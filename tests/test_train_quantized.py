@@ -1,5 +1,6 @@
 """qlora, qat and fp8 through `train`: what is written, and that it is what was trained."""
 
+import importlib
 import json
 
 import jax
@@ -65,6 +66,30 @@ def test_a_merged_model_in_codes(run):
     assert 0 < abs(loss - losses(lines, "eval_loss_with_its_adapter")[-1]) < 0.05
     merged = model(mp.merge_lora(result.params), TOKENS)
     assert 0 < np.abs(model(params, TOKENS) - merged).max() < 0.1
+
+
+def test_merged_codes_are_of_the_runs_own_groups_and_cover_all_weights(run):
+    result, _ = run(
+        method="qlora", quant_backend="int4", quant_group=16, quant_embeddings=True,
+        lora_targets=["q_proj"], merge_lora=True, merge_precision="int4", max_steps=1,
+    )  # fmt: skip
+    _, params = mp.load(result.output / "merged", dtype="float32")
+    codes = [w for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)]
+    assert sorted((w.format, w.group) for w in codes) == [*7 * [("int4", 16)], ("int8", 32)]
+
+
+def test_codes_that_cannot_be_made_or_written_are_refused_before_the_run(run, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("mud_puppy.train"), "load_params", None)
+    group, rows = {"method": "qlora", "quant_group": 16}, "_proj/weight cannot be quantized: rows"
+    for keys, words in (
+        ({"method": "qlora"}, rows),
+        ({"merge_lora": True, "merge_precision": "int4"}, rows),
+        (group | {"merge_lora": True, "merge_precision": "mxfp4"}, rows),
+        (group | {"merge_lora": True, "merge_precision": "nf4"}, "not nf4 with groups of 16"),
+        ({"method": "qat", "qat_format": "int4"}, "rows of (32|48)"),
+    ):
+        with pytest.raises(mp.UserError, match=words):
+            run(**keys)
 
 
 @pytest.mark.parametrize("keys", [{}, {"qat_lora": True}], ids=["full", "lora"])

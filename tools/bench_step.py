@@ -7,6 +7,8 @@ Runs on whatever device JAX finds; prints one line a configuration with device a
 
 import argparse
 import statistics
+import sys
+import tempfile
 import time
 from dataclasses import replace
 from typing import Any
@@ -71,6 +73,10 @@ def batch_of(rng: np.random.Generator, rows: int, length: int, vocab: int, segme
     }
 
 
+def tell(phase: str) -> None:
+    print(f"{time.perf_counter():8.1f} s: {phase}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
@@ -95,19 +101,27 @@ def main() -> None:
             **dict(pair.split("=", 1) for pair in args.set),
         )
     )
+    # The plan is read off a step compiled ahead of time; the first step then finds it here.
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
     arch = read_config(LlamaConfig(rms_norm_eps=1e-5, rope_parameters=ROPE, **SHAPES[args.shape]))
     mesh = make_mesh(args.mesh)
     with jax.set_mesh(mesh):
         model = replace(build(arch)[0], dtype=DTYPES[args.precision])
         stored = DTYPES[args.precision] if config.adapts else "float32"
         encode = quantizer(scheme(config)) if args.method == "qlora" else None
+        tell("init")
         params = transformed(config, init(arch, jax.random.key(0), stored, encode))
         params = jax.device_put(params, shardings(mesh, axes(arch), params))
         run = prepare(config, model, params, mesh, 1000)
         del params
         rng = np.random.default_rng(0)
         batch = batch_of(rng, args.batch_size, args.length, arch.vocab_size, args.segment)
-        plan = run.lower(batch).compile().memory_analysis()
+        tell("trace")
+        lowered = run.lower(batch)
+        tell("compile")
+        plan = lowered.compile().memory_analysis()
+        tell("steps")
         assert plan is not None
         state, start = run.state, time.perf_counter()
         state, metrics = jax.block_until_ready(run.step(state, batch))

@@ -23,6 +23,7 @@ from mud_puppy.config.schema import (
     NOT_NEGATIVE,
     POSITIVE,
     REQUIRED,
+    Limit,
     Need,
     Parser,
     key,
@@ -33,12 +34,13 @@ from mud_puppy.config.schema import (
 from mud_puppy.config.source import Given, convert_all, from_flags, from_source
 from mud_puppy.errors import UserError, nearest
 
-Method = Literal["full", "lora", "qlora", "qat"]
+Method = Literal["full", "lora", "qlora", "qat", "gptq"]
 Precision = Literal["bf16", "fp32", "fp16"]
 Computed = Literal["bf16", "fp32", "fp16", "fp8", "fp8-emulated"]
 Checkpointing = Literal["none", "full", "attention", "projections"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant"]
 Backend = Literal["nf4", "int4", "int8", "mxfp4", "fp8"]
+Base = Literal[Backend, "stored"]
 Stored = Literal["bf16", "fp32", "fp16", "nf4", "int4", "int8", "mxfp4"]
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "lion", "lion_8bit", "sgd", "muon"]
 DTYPES = {
@@ -50,7 +52,10 @@ DTYPES = {
 }
 MESH_AXES = ("data", "fsdp")
 FULL_LEARNING_RATE = 2e-5
+ROW = -1  # gptq_group_size: one group, the whole row, as quantize_config.json says it
 
+_TRAINS = Need("a method other than gptq", lambda c: c.method != "gptq")
+_GPTQ = Need("method gptq", lambda c: c.method == "gptq")
 _LORA = Need("method lora or qlora, or qat with qat_lora", lambda c: c.adapts)
 _NEW_ADAPTER = Need(
     "a new adapter: method lora or qlora, or qat with qat_lora, and adapter_mode stack if adapter "
@@ -61,7 +66,11 @@ _QLORA = Need("method qlora", lambda c: c.method == "qlora")
 _QAT = Need("method qat", lambda c: c.method == "qat")
 _GROUPS = Need(
     "method qlora with quant_backend nf4, int4, int8 or fp8 (mxfp4's is 32)",
-    lambda c: c.method == "qlora" and c.quant_backend != "mxfp4",
+    lambda c: c.method == "qlora" and c.quant_backend not in ("mxfp4", "stored"),
+)
+_ENCODES = Need(
+    "method qlora with a quant_backend that is not stored",
+    lambda c: c.method == "qlora" and c.quant_backend != "stored",
 )
 _NF4 = Need(
     "method qlora with quant_backend nf4",
@@ -69,19 +78,29 @@ _NF4 = Need(
 )
 _ADAPTER = Need("adapter", lambda c: c.adapter is not None)
 _MERGE = Need("merge_lora", lambda c: c.merge_lora)
-_EVAL = Need("eval_dataset or eval_split", lambda c: c.eval_dataset or c.eval_split)
+_EVAL = Need("eval_dataset or eval_split", lambda c: c.eval_dataset or c.eval_split) & _TRAINS
 _NO_EVAL_SET = Need("no eval_dataset (give one of the two)", lambda c: c.eval_dataset is None)
 _NO_TOKENS = Need("no tokens_per_batch (give one of the two)", lambda c: c.tokens_per_batch is None)
 _NO_PROMPT = Need("train_on_prompt to be false", lambda c: not c.train_on_prompt)
-_NO_WARMUP = Need("warmup_steps 0 (give one of the two)", lambda c: c.warmup_steps == 0)
+_NO_WARMUP = Need("warmup_steps 0 (give one of the two)", lambda c: c.warmup_steps == 0) & _TRAINS
 _NO_RESUME = Need("resume to be false (give one of the two)", lambda c: not c.resume)
 _NO_MESH = Need("no mesh (give one of the two)", lambda c: c.mesh is None)
 _RESTARTS = Need(
     "lr_scheduler cosine_with_restarts", lambda c: c.lr_scheduler == "cosine_with_restarts"
 )
 _POLYNOMIAL = Need("lr_scheduler polynomial", lambda c: c.lr_scheduler == "polynomial")
-_ADAMW = Need("optimizer adamw or adamw_8bit", lambda c: c.optimizer in ("adamw", "adamw_8bit"))
+_ADAMW = (
+    Need("optimizer adamw or adamw_8bit", lambda c: c.optimizer in ("adamw", "adamw_8bit"))
+    & _TRAINS
+)
 _SAMPLES = Need("sample_prompts", lambda c: c.sample_prompts != 0)
+
+
+def _group(value: Any) -> int:
+    size = int(str(value))
+    if size < 2 and size != ROW:
+        raise ValueError
+    return size
 
 
 def _mesh(value: Any) -> str:
@@ -129,13 +148,15 @@ def _prompts(value: Any) -> int | tuple[str, ...]:
     return int(str(value))
 
 
+GPTQ_BITS = Limit("among 2, 3, 4 and 8", lambda v: v in (2, 3, 4, 8))
+GPTQ_GROUP = Parser("a whole number at least 2, or -1 for a whole row", _group)
 _MESH = Parser("a mesh such as data=2,fsdp=4", _mesh)
 _TARGETS = Parser("all-linear, module names or a regular expression", _targets)
 _PROMPTS = Parser("a count or a list of prompts", _prompts)
 
 _run = partial(key, "run")
 _data = partial(key, "data")
-_train = partial(key, "training")
+_train = partial(key, "training", needs=_TRAINS)
 _lora = partial(key, "LoRA")
 _quant = partial(key, "quantization")
 _devices = partial(key, "devices")
@@ -148,21 +169,26 @@ class Config:
     model: str = _run(REQUIRED, "model folder, hub id or GGUF file")
     dataset: str = _run(REQUIRED, "JSONL, JSON, CSV, parquet or text file, or hub data set")
     output: str = _run(REQUIRED, "folder for the result, checkpoints and report")
-    method: Method = _run("lora", "what is trained")
+    method: Method = _run("lora", "what is trained (gptq: nothing, the weights are quantized)")
     precision: Computed = _run("bf16", "type that the forward and backward pass compute in")
     seed: int = _run(0, "seed of data order, adapter init, dropout and samples", NOT_NEGATIVE)
-    resume: bool = _run(False, "go on from the last checkpoint in output")
+    resume: bool = _run(False, "go on from the last checkpoint (gptq: layer) in output")
     overwrite: bool = _run(False, "replace what is in output", needs=_NO_RESUME)
     save_steps: int | None = _run(
-        500, "steps between checkpoints; null: only at the end", AT_LEAST_1
+        500, "steps between checkpoints; null: only at the end", AT_LEAST_1, needs=_TRAINS
     )
-    keep_checkpoints: int = _run(3, "checkpoints kept, beside the best one", AT_LEAST_1)
-    logging_steps: int = _run(1, "steps between lines of metrics", AT_LEAST_1)
-    log_with: Literal["none", "tensorboard", "wandb"] = _run("none", "where metrics go as well")
+    keep_checkpoints: int = _run(
+        3, "checkpoints kept, beside the best one", AT_LEAST_1, needs=_TRAINS
+    )
+    logging_steps: int = _run(1, "steps between lines of metrics", AT_LEAST_1, needs=_TRAINS)
+    log_with: Literal["none", "tensorboard", "wandb"] = _run(
+        "none", "where metrics go as well", needs=_TRAINS
+    )
     sample_prompts: int | tuple[str, ...] = _run(
         3,
         "prompts answered before and after training: this many of the data's, or these",
         _PROMPTS,
+        needs=_TRAINS,
         repeat=True,
     )
     sample_max_new_tokens: int = _run(64, "longest sample in tokens", AT_LEAST_1, needs=_SAMPLES)
@@ -182,15 +208,20 @@ class Config:
     eval_split: float | None = _data(
         None, "fraction of the dataset held out to evaluate on", INSIDE_1, needs=_NO_EVAL_SET
     )
-    num_workers: int = _data(0, "threads that make batches ahead of the step", NOT_NEGATIVE)
+    num_workers: int = _data(
+        0, "threads that make batches ahead of the step", NOT_NEGATIVE, needs=_TRAINS
+    )
     preprocess_workers: int = _data(1, "processes that tokenize", AT_LEAST_1)
     trust_remote_code: bool = _data(False, "let the tokenizer run code from its own folder")
 
     batch_size: int = _train(
-        4, "rows a step and accumulation, over all devices", AT_LEAST_1, needs=_NO_TOKENS
+        4,
+        "rows a step and accumulation, over all devices (gptq: rows observed at a time)",
+        AT_LEAST_1,
+        needs=_NO_TOKENS,
     )
     tokens_per_batch: int | None = _train(
-        None, "tokens a step and accumulation, instead of batch_size", AT_LEAST_1
+        None, "tokens a step and accumulation, instead of batch_size", AT_LEAST_1, needs=None
     )
     gradient_accumulation: int = _train(1, "batches added up for one update", AT_LEAST_1)
     learning_rate: float = _train(
@@ -238,10 +269,16 @@ class Config:
     )
     merge_lora: bool = _lora(False, "write the merged model to output/merged too", needs=_LORA)
     merge_precision: Stored | None = _lora(
-        None, "type or format of the merged model; null: that of precision", needs=_MERGE
+        None,
+        "type or format of the merged model; null: that of precision (bf16 for fp8)",
+        needs=_MERGE,
     )
 
-    quant_backend: Backend = _quant("nf4", "format of the base model's weights", needs=_QLORA)
+    quant_backend: Base = _quant(
+        "nf4",
+        "format of the base model's weights; stored: the codes that its files hold",
+        needs=_QLORA,
+    )
     quant_group: int | None = _quant(
         None,
         "weights that share a scale; null: 64 (nf4, int4) or a row (int8, fp8)",
@@ -249,7 +286,7 @@ class Config:
         needs=_GROUPS,
     )
     quant_double: bool = _quant(True, "nf4's scales in 8 bits too", needs=_NF4)
-    quant_embeddings: bool = _quant(False, "embedding and head in int8 too", needs=_QLORA)
+    quant_embeddings: bool = _quant(False, "embedding and head in int8 too", needs=_ENCODES)
     qat_format: Literal["int8", "int4"] = _quant(
         "int8", "format that the model is trained for", needs=_QAT
     )
@@ -263,6 +300,21 @@ class Config:
         "dynamic", "ranges of the weights: their largest, or trained (LSQ)", needs=_QAT
     )
     qat_lora: bool = _quant(False, "train adapters instead of the weights", needs=_QAT)
+    gptq_bits: int = _quant(4, "bits of a code", GPTQ_BITS, needs=_GPTQ)
+    gptq_group_size: int = _quant(
+        64, "inputs that share a scale; -1: a row", GPTQ_GROUP, needs=_GPTQ
+    )
+    gptq_actorder: bool = _quant(
+        True, "take inputs with a large Hessian diagonal first", needs=_GPTQ
+    )
+    gptq_damp_percent: float = _quant(
+        0.01, "share of the Hessian's mean diagonal that is added to it", INSIDE_1, needs=_GPTQ
+    )
+    gptq_symmetric: bool = _quant(True, "no zero points but the middle", needs=_GPTQ)
+    gptq_awq: bool = _quant(False, "enlarge inputs that matter first (AWQ)", needs=_GPTQ)
+    gptq_samples: int = _quant(
+        128, "rows of the dataset that are observed, drawn by seed", AT_LEAST_1, needs=_GPTQ
+    )
 
     mesh: str | None = _devices(None, "axes and sizes (null: fsdp over all local devices)", _MESH)
     device_map: Literal["auto"] = _devices("auto", "auto: all local devices", needs=_NO_MESH)
@@ -271,6 +323,12 @@ class Config:
     def adapts(self) -> bool:
         """Whether adapters are what trains."""
         return self.method in ("lora", "qlora") or (self.method == "qat" and self.qat_lora)
+
+    @property
+    def merged_as(self) -> str:
+        """What the merged model is stored as: one of DTYPES, or a format of codes."""
+        computed = "bf16" if self.precision.startswith("fp8") else self.precision
+        return self.merge_precision or computed
 
     @staticmethod
     def load(
@@ -300,14 +358,15 @@ def _finish(given: dict[str, Given]) -> Config:
     for name, item in given.items():
         refuse(name, item.value, item.label)
     values = convert_all(KEYS, given, missing_hint=" or `{name}:` in the config file")
-    adapts = Config(**values).adapts
-    if not adapts:
+    if not Config(**values).adapts:
         values.setdefault("learning_rate", FULL_LEARNING_RATE)
+    if values.get("method") == "gptq":
+        values.setdefault("sample_prompts", 0)
     if values.get("max_steps") is None and values.get("epochs") is None:
         values["epochs"] = 1.0
     config = Config(**values)
     _check_effects(config, given)
-    _check_sizes(config, given)
+    _check_together(config, given)
     return config
 
 
@@ -327,9 +386,11 @@ def _check_effects(config: Config, given: dict[str, Given]) -> None:
             )
 
 
-def _check_sizes(config: Config, given: dict[str, Given]) -> None:
+def _check_together(config: Config, given: dict[str, Given]) -> None:
     if config.precision.startswith("fp8"):
         label = given["precision"].label
+        if config.method == "gptq":
+            raise UserError(f"{label}: method gptq has no training products; use bf16.")
         if config.method == "qat":
             raise UserError(f"{label}: method qat rounds the weights to integers; use bf16.")
         if config.method == "qlora" and config.quant_backend != "fp8":

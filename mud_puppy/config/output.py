@@ -1,6 +1,7 @@
-"""The output folder, looked at before anything runs."""
+"""The output folder: looked at before anything runs, and cleared where that was asked for."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -42,6 +43,39 @@ def writable(output: str) -> Path:
     except OSError as error:
         raise _unusable(output, error) from None
     return path
+
+
+# What a run writes. --overwrite removes this and nothing else that lies in the folder.
+_WRITTEN = (
+    "checkpoint-[0-9]*",
+    "merged",
+    "qat_int[48]",
+    "gptq",
+    "tensorboard",
+    "wandb",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "config.yaml",
+    "generation_config.json",
+    "metrics.jsonl",
+    "run.json",
+    "samples.json",
+    "wandb_id",
+    "report.html",
+)
+
+
+def clear_output(output: Path) -> None:
+    """--overwrite: nothing of an earlier run is left to be mistaken for this one's."""
+    for path in {path for pattern in _WRITTEN for path in output.glob(pattern)}:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _refuse_foreign(output: str) -> None:

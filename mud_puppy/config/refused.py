@@ -7,12 +7,9 @@ from typing import Any
 
 from mud_puppy.errors import UserError
 
-_QUANTIZATION = "arrives with the quantization issue (#4)"
 _PREFERENCE = "arrives with the preference and reward-model issue (#7)"
-_GPTQ = f"belongs to method gptq, which {_QUANTIZATION}"
 
 VALUES: dict[tuple[str, str], str] = {
-    ("method", "gptq"): _QUANTIZATION,
     ("method", "preference"): _PREFERENCE,
     ("method", "rm"): _PREFERENCE,
     ("method", "prm"): _PREFERENCE,
@@ -27,9 +24,6 @@ KEYS: dict[str, str] = {
     "stream": "arrives with the scaling issue; remove it",
     "prefetch_layers": "belongs to stream, which arrives with the scaling issue; remove it",
     "zero_offload": "arrives with the scaling issue; use mesh (for example fsdp=4)",
-    "gptq_group_size": _GPTQ,
-    "gptq_actorder": _GPTQ,
-    "gptq_damp_percent": _GPTQ,
 }
 
 

@@ -48,6 +48,9 @@ class Need:
     words: str
     test: Callable[[Any], bool]
 
+    def __and__(self, other: "Need") -> "Need":
+        return Need(f"{self.words}, and {other.words}", lambda c: self.test(c) and other.test(c))
+
 
 @dataclass(frozen=True)
 class Parser:

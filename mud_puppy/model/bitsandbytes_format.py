@@ -34,13 +34,18 @@ def suffixes(double: bool) -> tuple[str, ...]:
     return ("weight", "weight.absmax", "weight.quant_map", *nested, _STATE)
 
 
-def pack(q: Quantized) -> dict[str, np.ndarray]:
-    """The tensors of one module [out, in], by `suffixes`; UserError where the layout has none."""
+def check(q: Quantized) -> None:
+    """UserError where the layout does not hold these codes."""
     if q.format != "nf4" or q.group not in BLOCKS:
         raise UserError(
             f"bitsandbytes holds nf4 with groups of {', '.join(map(str, BLOCKS))}, "
             f"not {q.format} with groups of {q.group}"
         )
+
+
+def pack(q: Quantized) -> dict[str, np.ndarray]:
+    """The tensors of one module [out, in], by `suffixes`; UserError as of `check`."""
+    check(q)
     double = q.nested is not None
     state: dict[str, Any] = {
         "quant_type": "nf4",

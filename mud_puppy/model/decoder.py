@@ -129,7 +129,10 @@ def scan_layers(
     rs = jnp.arange(repeats(group))
     if cache is not None:
         return jax.lax.scan(in_place, (x, cache), rs)[0]
-    body = body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat])
+    if remat != "none":
+        # Inside of a loop there is nothing to merge the second forward pass with, and guards
+        # against it copy each layer's weights out of their stack.
+        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
     (x, cache), _ = jax.lax.scan(body, (x, cache), (group, rs))
     return x, cache
 

@@ -1,12 +1,15 @@
 """GGUF files as if they were HF checkpoints: config, tensors and tokenizer from one file.
 
-Linears are decoded (`gguf.quants`) a block of rows at a time to float32. llama.cpp stores the rows
-of q and k of llama models with each head's rotary pairs side by side; they are put back here.
+Linears are decoded (`gguf.quants`) a block of rows at a time to float32; `gguf_codes` keeps codes.
+llama.cpp stores the rows of q and k of llama models with each head's rotary pairs side by side;
+they are put back here.
 Metadata that would change the model and that nothing here reads is refused.
 Names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,18 @@ _LAYER = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Encoded(Stored):
+    """A tensor of a GGUF file; `read` decodes its rows.
+
+    type: GGUF's name for how it is stored. blocks(): a copy of its bytes, uint8 [rows, bytes], the
+    rows in HF's order.
+    """
+
+    type: str
+    blocks: Callable[[], np.ndarray]
+
+
 def open_gguf(path: Path) -> tuple[Any, dict[str, Stored]]:
     """(transformers config, tensors by HF name); rows are read in float32."""
     reader = open_reader(path)
@@ -47,8 +62,14 @@ def open_gguf(path: Path) -> tuple[Any, dict[str, Stored]]:
             order = _rotary_order(len(tensor.data), config.num_attention_heads)
         if config.model_type in ("llama", "mistral") and "self_attn.k_proj" in name:
             order = _rotary_order(len(tensor.data), config.num_key_value_heads)
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        tensors[name] = Stored(shape, np.dtype(np.float32), partial(_read, tensor, order))
+        tensors[name] = Encoded(
+            tuple(int(size) for size in reversed(tensor.shape)),
+            np.dtype(np.float32),
+            partial(_read, tensor, order),
+            f"{path}: tensor '{tensor.name}'",
+            type=tensor.tensor_type.name,
+            blocks=partial(_blocks, tensor, order),
+        )
     return config, tensors
 
 
@@ -77,7 +98,17 @@ def _read(
             f"GGUF tensor '{tensor.name}' is stored as {tensor.tensor_type.name}, which the gguf "
             "package cannot decode; use the safetensors model"
         ) from None
-    # The decoded file's pages would count as this process's memory.
+    _forget(tensor)
+
+
+def _blocks(tensor: gguf.ReaderTensor, order: np.ndarray | None) -> np.ndarray:
+    rows = np.array(tensor.data) if order is None else tensor.data[order]
+    _forget(tensor)
+    return rows.view(np.uint8)
+
+
+def _forget(tensor: gguf.ReaderTensor) -> None:
+    """The pages that were read would count as this process's memory."""
     _mapping(tensor.data).madvise(mmap.MADV_DONTNEED)
 
 

@@ -18,6 +18,7 @@ from mud_puppy.model.arch import Arch
 from mud_puppy.model.families import IGNORED_TENSORS, read_config
 from mud_puppy.model.files import find_model, open_tensors
 from mud_puppy.model.gguf import open_gguf
+from mud_puppy.model.gguf_codes import GgufCodes
 from mud_puppy.model.hf_config import read_config_file, to_config
 from mud_puppy.model.module import Model, axes, build
 from mud_puppy.model.names import flatten, hf_names, unflatten
@@ -37,6 +38,7 @@ def load(
     mesh: Mesh | None = None,
     on_leaf: Callable[[str, jax.Array], Any] | None = None,
     trust_remote_code: bool = False,
+    keep_codes: bool = False,
 ) -> tuple[Model, Tree]:
     """(model, params) from a folder of safetensors, a GGUF file or a hub id.
 
@@ -44,8 +46,10 @@ def load(
     `parallel.rules`. on_leaf(path, array) replaces each tensor as it is read, e.g. by codes: paths
     look like "layers/0/0/self_attn/q_proj/weight", and come once for each layer of a stack, with
     the array of that layer; what is returned (arrays, or trees of one structure) is stacked, so
-    that memory holds the result and one layer. trust_remote_code reaches the config only. Whatever
-    is wrong with the files is a UserError that names file and tensor.
+    that memory holds the result and one layer. trust_remote_code reaches the config only.
+    keep_codes: the linears of a GGUF file stay in its codes (`gguf_codes`), as those of a quantized
+    checkpoint always do; weights that are stored as floats alone are a UserError then. Whatever is
+    wrong with the files is a UserError that names file and tensor.
     """
     check_dtype(dtype)
     path = find_model(source, code=trust_remote_code)
@@ -57,7 +61,7 @@ def load(
     arch = _read_arch(config, path)
     model, shapes = build(arch, _lasting(source))
     names, structs = hf_names(arch, shapes), flatten(shapes)
-    codes = None if quantization is None else Codes(path, quantization, names, tensors)
+    codes = _codes(path, quantization, keep_codes, names, tensors)
     _check(arch, names, structs, tensors, path, {} if codes is None else codes.parts)
     over = {} if mesh is None else flatten(shardings(mesh, axes(arch), shapes))
     leaves = {}
@@ -123,6 +127,22 @@ def _read_arch(config: Any, where: Path | str) -> Arch:
         return read_config(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _codes(
+    path: Path, quantization: Any, keep: bool, names: dict[str, list[str]], tensors: Tensors
+) -> Codes | GgufCodes | None:
+    """What of the checkpoint is read as codes."""
+    if quantization is not None:
+        return Codes(path, quantization, names, tensors)
+    if not keep:
+        return None
+    if not path.is_file():
+        raise UserError(
+            f"{path}: the weights are stored as floats, there are no codes to keep; load without "
+            "keep_codes (method qlora: name another quant_backend)"
+        )
+    return GgufCodes(path, names, tensors)
 
 
 def _stacked(leaf: str) -> bool:

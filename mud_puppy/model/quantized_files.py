@@ -196,6 +196,8 @@ def _nf4_writer(modules: Mapping[str, Any], dtype: str) -> Writer:
     if others or len(double) > 1:
         what = f"{others[0]} is in other codes" if others else "only some scales are in 8 bits"
         raise UserError(f"bitsandbytes' layout is of nf4 alone, in one form: {what}")
+    for w in filter(_is_nf4, modules.values()):
+        bitsandbytes_format.check(w)
     plain = [name for name, w in modules.items() if w is None]
     head = modules.get("lm_head") is not None
     config = bitsandbytes_format.quantization_config(double.pop(), dtype, plain, head)

@@ -11,7 +11,7 @@ Embedding, head and norms stay as they are (`awq` divides the layers' norms).
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from mud_puppy.weights.gptq import check
 from mud_puppy.weights.leaf import is_weight
 from mud_puppy.weights.tree import layer_module, linear_paths, repeats, spans, stack
 
-__all__ = ["GptqOptions", "quantize_gptq"]
+__all__ = ["GptqOptions", "check_fit", "linears", "quantize_gptq"]
 
 Tree = Any
 log = logging.getLogger("mud_puppy")
@@ -50,10 +50,10 @@ def quantize_gptq(
     batches: int32 arrays [..., T] `tokens`, and if there are any `positions` and `segment_ids` (0
     is padding, which is not observed), as the SFT loader makes them. folder: finished layers are
     written there, and those that are there already are not made again. progress(done, layers) is
-    called after each layer. UserError for weights that are not plain arrays, for groups that do not
-    fit, and where the calibration says nothing of a layer.
+    called after each layer that is made. UserError for weights that are not plain arrays, for
+    groups that do not fit, and where the calibration says nothing of a layer.
     """
-    _check(params, options)
+    check_fit(params, options)
     inputs = [_inputs(batch) for batch in batches]
     if not (tokens := sum(_count(x) for x in inputs)):
         raise UserError("GPTQ: the calibration set has no tokens")
@@ -61,6 +61,8 @@ def quantize_gptq(
     if folder is not None:
         finished = Finished(folder, _question(model, options, inputs))
     done = 0 if finished is None else finished.count()
+    if done:
+        log.info("GPTQ: %d of %d layers are there already", done, layers)
     if tokens < model.arch.hidden_size:
         log.warning("GPTQ: %d tokens say little of %d inputs", tokens, model.arch.hidden_size)
     hidden = [] if done == layers else _embedded(model, params, inputs)
@@ -81,7 +83,7 @@ def quantize_gptq(
                 for i, x in enumerate(inputs):
                     hidden[i] = np.asarray(run(block, x, hidden[i]))
             blocks[j].append(block)
-            if progress is not None:
+            if progress is not None and layer >= done:
                 progress(layer + 1, layers)
         groups.append([_stacked(own) for own in blocks])
     return {**params, "layers": groups}
@@ -117,20 +119,26 @@ def _stacked(layers: list[Tree]) -> Tree:
     return stack((layers.pop(0) for _ in range(count)), count)
 
 
-def _check(params: Tree, options: GptqOptions) -> None:
+def linears(params: Tree) -> Iterator[tuple[str, Any]]:
+    """(HF's name in its first layer, weight) of each stack of linears."""
     for group, start in spans(params):
         for j, block in enumerate(group):
-            for part, name in linear_paths(block):
-                w, where = block[part][name]["weight"], layer_module((part, name), start + j)
-                if is_weight(w):
-                    raise UserError(
-                        f"GPTQ: {where} is a {type(w).__name__}, not a plain weight: merge "
-                        "adapters first, and load the model as it was before it was quantized"
-                    )
-                try:
-                    check(w.shape[-1], options.bits, options.group)
-                except ValueError as error:
-                    raise UserError(f"GPTQ: {where}: {error}") from None
+            for path in linear_paths(block):
+                yield layer_module(path, start + j), block[path[0]][path[1]]["weight"]
+
+
+def check_fit(params: Tree, options: GptqOptions) -> None:
+    """UserError for weights, or shapes as of `abstract`, that `quantize_gptq` refuses."""
+    for where, w in linears(params):
+        if is_weight(w):
+            raise UserError(
+                f"GPTQ: {where} is a {type(w).__name__}, not a plain weight: merge adapters first, "
+                "and load the model as it was before it was quantized"
+            )
+        try:
+            check(w.shape[-1], options.bits, options.group)
+        except ValueError as error:
+            raise UserError(f"GPTQ: {where}: {error}") from None
 
 
 def _question(model: Model, options: GptqOptions, inputs: list[Inputs]) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def load_data(config: Config, model: Model, tokenizer: Any, batch_devices: int) 
         held = list(_read(config.eval_dataset, config))
     elif config.eval_split is not None:
         rows, held = split(rows, config.eval_split, config.seed)
-    train = _loader(rows, config, tokenizer, batch_devices, "train")
+    what = "observed" if config.method == "gptq" else "train"
+    train = _loader(rows, config, tokenizer, batch_devices, what)
     _check_fit(train.examples, config, model.arch, tokenizer)
     evaluation = None
     if held:
@@ -96,7 +97,7 @@ def _loader(
             f"batch_size {batch_size} rows cannot be split over {batch_devices} devices; "
             f"make it a multiple of {batch_devices}, or name fewer devices with --mesh"
         )
-    train = what == "train"
+    train = what != "eval"
     loader = Loader(
         data.examples,
         batch_size,

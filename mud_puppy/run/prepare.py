@@ -7,7 +7,7 @@ traces nor moves anything.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,7 @@ from mud_puppy.weights import (
     match_targets,
     module_names,
     partition,
+    quantize,
     quantizer,
     strip_fp8,
     with_dropout,
@@ -73,7 +74,7 @@ def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
     """The model in the run's precision, with the adapters that the config asks for.
 
     Weights that train are float32 (masters); what does not is stored as it is computed with, or
-    (qlora) in codes, made as each tensor is read.
+    (qlora) in codes, made as each tensor is read or kept from the file.
     """
     dtype = DTYPES[config.precision]
     stored = dtype if config.adapts else "float32"
@@ -81,8 +82,9 @@ def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
         config.model,
         dtype=stored,
         mesh=mesh,
-        on_leaf=quantizer(scheme(config)) if config.method == "qlora" else None,
+        on_leaf=quantizer(scheme(config)) if _encodes(config) else None,
         trust_remote_code=config.trust_remote_code,
+        keep_codes=config.quant_backend == "stored",
     )
     _check_stored(config, params)
     params = transformed(config, params)
@@ -95,12 +97,17 @@ def transformed(config: Config, params: Tree) -> Tree:
     if config.adapts:
         params = _with_adapters(config, params)
     if config.method == "qat":
-        group = config.qat_group or (GROUPS["int4"] if config.qat_format == "int4" else None)
-        options = {"activations": config.qat_activations, "ranges": config.qat_ranges}
-        params = fake_quant(params, config.qat_format, group=group, **options)
+        params = on_grid(config, params)
     if config.precision.startswith("fp8"):
         params = fp8(params, emulated=config.precision == "fp8-emulated")
     return params
+
+
+def on_grid(config: Config, params: Tree) -> Tree:
+    """Method qat's rounding of the linears, adapters included."""
+    group = config.qat_group or (GROUPS["int4"] if config.qat_format == "int4" else None)
+    options = {"activations": config.qat_activations, "ranges": config.qat_ranges}
+    return fake_quant(params, config.qat_format, group=group, **options)
 
 
 def _check_stored(config: Config, params: Tree) -> None:
@@ -133,6 +140,11 @@ def _with_adapters(config: Config, params: Tree) -> Tree:
     return params
 
 
+def _encodes(config: Config) -> bool:
+    """Whether the run makes codes of what it reads."""
+    return config.method == "qlora" and config.quant_backend != "stored"
+
+
 def scheme(config: Config) -> Scheme:
     """What method qlora makes of the weights."""
     eight = "int8" if config.quant_embeddings else None
@@ -140,13 +152,25 @@ def scheme(config: Config) -> Scheme:
     return Scheme(config.quant_backend, config.quant_group, double=double, embed=eight, head=eight)
 
 
+def merge_scheme(config: Config) -> Scheme:
+    """What becomes of a merged model's weights, where it is stored in codes."""
+    how = config.merged_as
+    base = scheme(config) if _encodes(config) else Scheme()
+    if how != base.format:
+        base = Scheme(how, embed=base.embed, head=base.head)
+    # bitsandbytes' layout holds nf4 alone.
+    return replace(base, embed=None, head=None) if how == "nf4" else base
+
+
 def check_asked(config: Config, shapes: Tree) -> None:
-    """UserError for what the config asks of a model or device that does not have it: LoRA targets
-    (shapes as of `abstract`), float8 products."""
+    """UserError for what the config asks of a model or device that does not have it: LoRA targets,
+    groups that divide no row (shapes as of `abstract`), float8 products."""
     if config.precision == "fp8":
         fp8_types()
     if config.adapts and (config.adapter is None or config.adapter_mode == "stack"):
         match_targets(module_names(shapes), config.lora_targets)
+    if _encodes(config):
+        jax.eval_shape(lambda p: quantize(p, **asdict(scheme(config))), shapes)
 
 
 def _set_dropout(params: Tree, rate: float) -> Tree:

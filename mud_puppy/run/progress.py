@@ -13,14 +13,19 @@ class Progress:
 
     total, start: steps of the whole run, and the step that it goes on from. every: in a file, the
     steps between two lines (1 % of the run by default); evaluations are always shown.
-    stream: a text file, stderr by default.
+    stream: a text file, stderr by default. unit: what a step is.
     """
 
     def __init__(
-        self, total: int, start: int = 0, stream: Any = None, every: int | None = None
+        self,
+        total: int,
+        start: int = 0,
+        stream: Any = None,
+        every: int | None = None,
+        unit: str = "step",
     ) -> None:
         self._stream = stream or sys.stderr
-        self._total = total
+        self._total, self._unit = total, unit
         self._every = every or max(1, total // 100)
         self._values: dict[str, Any] = {}
         self._first: tuple[int, float] | None = None  # step and time of the first update
@@ -46,7 +51,8 @@ class Progress:
             self._bar.update(step - self._bar.n)
         elif step - self._printed >= self._every or step == self._total or "eval_loss" in values:
             self._printed = step
-            print(f"step {step}/{self._total}, {text}", file=self._stream, flush=True)
+            where = f"{self._unit} {step}/{self._total}"
+            print(f"{where}, {text}" if text else where, file=self._stream, flush=True)
 
     def note(self, line: str) -> None:
         """Prints a line of its own, above the bar."""

@@ -16,7 +16,6 @@ from mud_puppy.sampling.batches import Batch, batches, bucket
 from mud_puppy.sampling.choose import Options, chooser
 from mud_puppy.sampling.engine import NOT_WRITTEN, State, resume, start
 from mud_puppy.sampling.prompts import Prompt, check, eos_ids, tokenize
-from mud_puppy.weights import base_of
 
 Tree = Any
 
@@ -162,7 +161,7 @@ def _ended(state: State, stopped: Callable[[list[int]], bool]) -> np.ndarray:
 
 def mesh_of(params: Tree) -> Mesh | None:
     """The mesh that params are sharded over; None on one device."""
-    sharding = base_of(params["embed"]).sharding
+    sharding = jax.tree.leaves(params["embed"])[0].sharding  # codes, or an array
     if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
         return sharding.mesh  # type: ignore[return-value]
     return None

@@ -8,7 +8,7 @@ alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732); DoRA's magnitude starts as the
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -89,33 +89,36 @@ def merge_lora(params: Tree) -> Tree:
     """Every adapter added into its base, in the base's dtype (summed in float32)."""
 
     def merge(w: Any) -> Any:
-        if isinstance(w, FakeQuant):
-            return replace(w, base=merge(w.base))
         return dense(w).astype(base_of(w).dtype) if isinstance(w, Lora) else w
 
-    return jax.tree.map(merge, params, is_leaf=is_weight)
+    return _under_grids(merge, params)
 
 
 def strip_lora(params: Tree) -> Tree:
     """The model without the adapters that train; shares every buffer."""
 
     def strip(w: Any) -> Any:
-        if isinstance(w, FakeQuant):
-            return replace(w, base=strip(w.base))
         return w.base if isinstance(w, Lora) and not w.frozen else w
 
-    return jax.tree.map(strip, params, is_leaf=is_weight)
+    return _under_grids(strip, params)
 
 
 def freeze_lora(params: Tree) -> Tree:
     """Marks the adapters of `params` as part of the model: only those added later train."""
 
     def freeze(w: Any) -> Any:
-        if isinstance(w, FakeQuant):
-            return replace(w, base=freeze(w.base))
         return replace(w, frozen=True) if isinstance(w, Lora) else w
 
-    return jax.tree.map(freeze, params, is_leaf=is_weight)
+    return _under_grids(freeze, params)
+
+
+def _under_grids(change: Callable[[Any], Any], params: Tree) -> Tree:
+    """`change` of every leaf; of what is below it, where a leaf is a grid (`FakeQuant`)."""
+
+    def one(w: Any) -> Any:
+        return replace(w, base=one(w.base)) if isinstance(w, FakeQuant) else change(w)
+
+    return jax.tree.map(one, params, is_leaf=is_weight)
 
 
 def with_dropout(params: Tree, key: PRNGKeyArray | None) -> Tree:

@@ -67,13 +67,10 @@ def quantize(
     an untied head (a tied one is the embedding), None to keep them. UserError for a weight that is
     quantized already or whose rows no group divides.
     """
-    scheme = Scheme(format, group, zero_points, double, embed, head)
-
-    def change(path: tuple, w: Any) -> Any:
-        encode = scheme.of(name := path_of(path))
-        return w if encode is None else _under_adapters(encode, name, w)
-
-    return jax.tree.map_with_path(change, params, is_leaf=is_weight)
+    change = quantizer(Scheme(format, group, zero_points, double, embed, head))
+    return jax.tree.map_with_path(
+        lambda path, w: change(path_of(path), w), params, is_leaf=is_weight
+    )
 
 
 def path_of(path: tuple) -> str:
@@ -84,7 +81,7 @@ def path_of(path: tuple) -> str:
 def quantizer(scheme: Scheme) -> Callable[[str, jax.Array], Any]:
     """`load`'s `on_leaf`: encodes each tensor as it is read."""
 
-    def on_leaf(path: str, array: jax.Array) -> Any:
+    def on_leaf(path: str, array: Any) -> Any:
         encode = scheme.of(path)
         return array if encode is None else _under_adapters(encode, path, array)
 
@@ -96,6 +93,8 @@ def _under_adapters(encode: Callable, path: str, w: Any) -> Any:
         return replace(w, base=_under_adapters(encode, path, w.base))
     if isinstance(w, Quantized):
         raise UserError(f"{path} is {w.format} already: quantize the model it was made from")
+    if is_weight(w):
+        raise UserError(f"{path} is a {type(w).__name__}: quantize the model before it was wrapped")
     try:
         return encode(w)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """bitsandbytes' nf4: the bits by their definition, both ways; its config; the library's reading.
 
-The slow tests need bitsandbytes in the folder that MUD_PUPPY_BNB names, and transformers.
+The slow tests need transformers, and the folder that MUD_PUPPY_BNB names:
+`pip install --no-deps --target FOLDER bitsandbytes==0.50.2`.
 """
 
 import json

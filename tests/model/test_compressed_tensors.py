@@ -1,6 +1,6 @@
 """compressed-tensors: the bits by their definition, both ways; its config; the library's reading.
 
-The slow tests need `compressed-tensors` and `loguru` beside transformers.
+The slow tests need the extra `quant` (compressed-tensors).
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """The GPTQ layout in another program: transformers with gptqmodel's pure torch kernels.
 
-Needs gptqmodel and optimum beside torch (the extra `quant`).
+Needs the extra `quant`, and after it `pip install --no-deps gptqmodel==7.7.0`, which by itself asks
+for another torch.
 """
 
 import json

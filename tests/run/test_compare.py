@@ -67,12 +67,14 @@ def test_the_verb(chat_model, chats, tmp_path, capsys):
                  "--precision", "fp32"]) == 0  # fmt: skip
     capsys.readouterr()
     assert main([*run, "--against", f"int8,int4,mxfp4,{codes}"]) == 2  # rows of 48 are no 32s
-    assert "mlp/down_proj/weight cannot be quantized" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "mlp/down_proj/weight cannot be quantized" in told.err and not told.out
     assert main([*run, "--against", f"int8,int4,{codes}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in lines] == [str(chat_model), "int8", "int4", codes]
     kl = [float(line.split("KL ")[1].split(",")[0]) for line in lines]
     assert kl[0] == 0 and 0 < kl[1] < kl[2]
     assert lines[0].split(", ")[-1] == lines[3].split(", ")[-1]
-    assert main([*run, "--against", "int5"]) == 2
-    assert "int5: not a folder here" in capsys.readouterr().err
+    for against, words in {"nf4,int5": "int5: not a folder here", "mxfp4": "--group: is"}.items():
+        assert main([*run, "--against", against]) == 2
+        assert words in capsys.readouterr().err

@@ -52,6 +52,15 @@ def test_the_first_line_of_a_short_run_comes_at_once():
     assert out.getvalue() == "step 6/20, loss 1.000\n"
 
 
+def test_steps_that_are_layers_and_have_no_values(monkeypatch):
+    clock(monkeypatch, 30.0)
+    out = io.StringIO()
+    bar = Progress(4, stream=out, unit="layer")
+    for layer in (2, 3, 4):  # the first was there already
+        bar.update(layer, {})
+    assert out.getvalue() == "layer 2/4\nlayer 3/4, 00:30 left\nlayer 4/4, 00:00 left\n"
+
+
 def test_a_terminal_gets_a_bar_that_starts_where_the_run_does(monkeypatch):
     clock(monkeypatch, 60.0)
     out = Terminal()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import mud_puppy as mp
-from mud_puppy import kernels
+from mud_puppy import kernels, weights
 from mud_puppy.kernels import Quantized
 from mud_puppy.model.names import flatten
 from mud_puppy.parallel import make_mesh
@@ -103,6 +103,13 @@ def test_loading_into_codes_equals_quantizing_what_was_loaded(base, mesh):
     assert up.codes.shape == (3, 48, 16) and up.scales.shape == (3, 48, 2)
     if over is not None:
         assert {s.data.shape for s in up.codes.addressable_shards} == {(3, 48, 4)}
+
+
+def test_leaves_that_are_no_plain_weights_are_refused(base):
+    _, params = loaded(base)
+    for wrapped in (mp.fake_quant(params, "int8"), weights.fp8(params, emulated=True)):
+        with pytest.raises(mp.UserError, match=r"_proj/weight is a (FakeQuant|Fp8): "):
+            mp.quantize(wrapped, "int8")
 
 
 def test_merging_is_base_plus_adapter(base):

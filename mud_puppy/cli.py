@@ -1,6 +1,6 @@
-"""The command line: `mud-puppy MODEL DATASET --output OUT [flags]`, and the verbs of commands.py.
+"""The command line: `mud-puppy MODEL DATASET --output OUT [flags]`, and the verbs of `commands`.
 
-Flags are made from the keys of a dataclass (config/keys.py for training, commands.py for a verb):
+Flags are made from the keys of a dataclass (config/keys.py for training, `commands` for a verb):
 one definition gives the flag, its help and its check. Errors are one line and exit code 2.
 """
 

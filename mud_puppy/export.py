@@ -12,32 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from mud_puppy.config import DTYPES, Config
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import Quantized
 from mud_puppy.model.files import find_model
-from mud_puppy.model.load import check_dtype, load
+from mud_puppy.model.load import check_dtype
 from mud_puppy.model.module import Model
 from mud_puppy.model.names import flatten, hf_names
 from mud_puppy.model.quantized_files import Writer, writer
 from mud_puppy.model.save import Spec, write_configs, write_tokenizer, write_weights
-from mud_puppy.model.tokenizer import load_tokenizer
-from mud_puppy.parallel import make_mesh
-from mud_puppy.run.checkpoint import Checkpoints
-from mud_puppy.run.prepare import load_params, merge_scheme, on_grid, prepare
-from mud_puppy.weights import (
-    Int8Dynamic,
-    Lora,
-    base_of,
-    dense,
-    finish_fake_quant,
-    is_weight,
-    load_adapter,
-    merge_quantized,
-    merged_view,
-    save_adapter,
-    strip_fake_quant,
-)
+from mud_puppy.weights import Int8Dynamic, Lora, base_of, dense, is_weight
 
 Tree = Any
 
@@ -127,93 +110,6 @@ def save_quantized(
     _write(model, Path(out).expanduser(), specs, tensor, dtype, tokenizer, max_shard_bytes, extra)
 
 
-def check_result(config: Config, model: Model, shapes: Tree) -> None:
-    """UserError, before the run, for codes that it would make at its end but cannot: rows that no
-    group divides, formats and groups that no layout holds. model, shapes: as of `abstract`."""
-    made = []
-    if config.method == "qat":
-        made.append(lambda p: finish_fake_quant(on_grid(config, p)))
-    if config.merge_lora and config.merged_as not in DTYPES:
-        made.append(lambda p: merged_params(config, p, config.merged_as))
-    for codes in made:
-        _layout(_places(model, jax.eval_shape(codes, shapes)), "bfloat16")
-
-
-def merge_adapter(
-    model_source: str | Path,
-    adapter_dir: str | Path,
-    output: str | Path,
-    dtype: str | None = "bfloat16",
-) -> None:
-    """Base model + PEFT adapter -> one HF folder. The base is read in the dtype it is stored in."""
-    check_dtype(dtype)
-    model, params = load(model_source, dtype=None)
-    save_merged(model, load_adapter(params, adapter_dir), output, dtype)
-
-
-def export_run(
-    run: str | Path, output: str | Path, step: int | None = None, merge: bool = False
-) -> None:
-    """A run's checkpoint as other programs load it: model, adapter, or (merge) the merged model.
-
-    run: the run's output folder; step: of which checkpoint, None for the newest. The base model is
-    read again from where the run had it.
-    """
-    folder = Path(run).expanduser()
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no run is here (there is no config.yaml)")
-    config = Config.load(folder / "config.yaml")
-    if merge and not config.adapts:
-        raise UserError(f"{folder}: a run of method full has no adapter to merge")
-    mesh = make_mesh()  # the devices of here, which may not be those of the run
-    with jax.set_mesh(mesh):
-        model, params = load_params(config, mesh)
-        # The length of the run decides the learning rate alone, which nothing here asks for.
-        prepared = prepare(config, model, params, mesh, total_steps=1)
-        state = Checkpoints(folder).replace(prepared.state, step).state
-        tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-        if merge:
-            write_merged(config, output, model, prepared.params(state), tokenizer)
-        else:
-            write_result(config, Path(output), model, prepared.params(state), tokenizer)
-
-
-def write_result(config: Config, out: Path, model: Model, params: Tree, tokenizer: Any) -> None:
-    """What a run leaves in `out`: a model or an adapter, with the tokenizer; of method qat the
-    codes that were trained too."""
-    dtype = DTYPES[config.precision]
-    if config.method == "qat":
-        codes = finish_fake_quant(params)
-        save_quantized(model, codes, out / f"qat_{config.qat_format}", dtype, tokenizer)
-        params = strip_fake_quant(params)
-    if not config.adapts:
-        save_hf(model, params, out, dtype, tokenizer)
-        return
-    save_adapter(model, params, out)
-    write_tokenizer(out, None, tokenizer)
-
-
-def write_merged(
-    config: Config, out: str | Path, model: Model, params: Tree, tokenizer: Any
-) -> None:
-    """The merged model, stored as the config says: in a precision, or in codes."""
-    how = config.merged_as
-    if how in DTYPES:
-        save_merged(model, strip_fake_quant(params), out, DTYPES[how], tokenizer)
-    else:
-        codes = merged_params(config, params, how)
-        save_quantized(model, codes, out, "bfloat16", tokenizer)
-
-
-def merged_params(config: Config, params: Tree, how: str) -> Tree:
-    """Params of which a forward pass is that of the merged model; how: a precision, or the config's
-    `merged_as`."""
-    params = strip_fake_quant(params)
-    if how in DTYPES:
-        return merged_view(params, DTYPES[how])
-    return merge_quantized(params, merge_scheme(config), "bfloat16")
-
-
 def _refuse_adapters(params: Tree) -> None:
     if any(isinstance(w, Lora) for w in jax.tree.leaves(params, is_leaf=is_weight)):
         raise UserError(
@@ -247,6 +143,12 @@ def _linears(places: dict[str, Place], dtype: str) -> list[tuple[str, Place]]:
         for name, place in places.items()
         if name.endswith(".weight") and len(_spec(*place, dtype)[0]) == 2
     ]
+
+
+def check_codes(model: Model, shapes: Tree, make: Callable[[Tree], Tree]) -> None:
+    """UserError where `make` cannot make codes of params of these shapes, or no layout holds them.
+    model, shapes: as of `abstract`; no weight is needed."""
+    _layout(_places(model, jax.eval_shape(make, shapes)), "bfloat16")
 
 
 def _layout(places: dict[str, Place], dtype: str) -> Writer:

@@ -18,10 +18,10 @@ import jax
 
 from mud_puppy.config import Config, check_output, clear_output
 from mud_puppy.data import prefetch
-from mud_puppy.export import check_result, merged_params, write_merged, write_result
 from mud_puppy.gptq import run_gptq
 from mud_puppy.model import Model, abstract, load_tokenizer
 from mud_puppy.parallel import batch_devices, make_mesh
+from mud_puppy.results import check_result, merged_params, write_merged, write_result
 from mud_puppy.run.checkpoint import Checkpoints
 from mud_puppy.run.datasets import RunData, load_data
 from mud_puppy.run.loop import Course, Plan, fit

@@ -168,7 +168,7 @@ BAD_COMMANDS = {
         "-n: '0' is not a whole number at least 1.",
     ),
     "bad precision": (
-        ["merge", "m", "a", "--output", "o", "--merge-precision", "int4"],
+        ["merge", "m", "a", "--output", "o", "--merge-precision", "int5"],
         "--merge-pre",
     ),
     "misspelt verb": (
@@ -273,14 +273,14 @@ def test_merge_and_export_call_their_room(monkeypatch, capsys, tmp_path):
         merge_adapter=lambda *args: calls.append(args),
         export_run=lambda *args, **settings: calls.append((*args, settings)),
     )
-    monkeypatch.setitem(sys.modules, "mud_puppy.export", fake)
+    monkeypatch.setitem(sys.modules, "mud_puppy.results", fake)
     merged, exported = str(tmp_path / "merged"), str(tmp_path / "exported")
     assert cli.main(["merge", "m", "a", "--output", merged, "--merge-precision", "fp32"]) == 0
     assert cli.main(["export", "run", "--output", exported, "--step", "7", "--merge-lora"]) == 0
     named = ["export", "run/checkpoint-9/", "--output", exported]
     assert cli.main(named) == 0
     assert calls == [
-        ("m", "a", merged, "float32"),
+        ("m", "a", merged, "float32", None),
         ("run", exported, {"step": 7, "merge": True}),
         ("run", exported, {"step": 9, "merge": False}),
     ]

@@ -139,8 +139,8 @@ BAD_VALUES = [
     (
         "gradient_checkpointing",
         "ful",
-        "config: gradient_checkpointing: 'ful' is not one of none, full, attention, projections. "
-        "Did you mean 'full'?",
+        "config: gradient_checkpointing: 'ful' is not one of none, full, offload, attention, "
+        "projections. Did you mean 'full'?",
     ),
     (
         "mesh",

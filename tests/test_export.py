@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mud_puppy.errors import UserError
-from mud_puppy.export import merge_adapter, save_hf, save_merged
+from mud_puppy.export import save_hf, save_merged
 from mud_puppy.model import abstract, load, load_tokenizer
 from mud_puppy.parallel import make_mesh
+from mud_puppy.results import merge_adapter
 from mud_puppy.weights import add_lora, load_adapter, merge_lora
 
 FIELDS = {

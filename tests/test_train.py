@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 import mud_puppy as mp
 from mud_puppy.cli import main
-from mud_puppy.export import export_run
+from mud_puppy.results import export_run
 from mud_puppy.run.recorder import Recorder
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import mud_puppy as mp
+from mud_puppy.cli import main
 from mud_puppy.kernels import Quantized
-from mud_puppy.weights import is_weight
+from mud_puppy.weights import Scheme, is_weight, merge_quantized
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 16)), jnp.int32)
 
@@ -29,6 +30,10 @@ def run(config, tmp_path):
         return result, [json.loads(line) for line in lines]
 
     return train
+
+
+def up_proj(params):
+    return params["layers"][0][0]["mlp"]["up_proj"]["weight"]
 
 
 def losses(lines, name):
@@ -90,6 +95,26 @@ def test_codes_that_cannot_be_made_or_written_are_refused_before_the_run(run, mo
     ):
         with pytest.raises(mp.UserError, match=words):
             run(**keys)
+
+
+def test_the_verbs_write_codes_or_say_before_reading_weights_that_they_cannot(
+    run, chat_model, tmp_path, capsys, monkeypatch
+):
+    result, _ = run(max_steps=2)
+    out, model = str(tmp_path / "codes"), str(chat_model)
+    words = ["merge", model, str(result.output), "--output", out, "--merge-precision"]
+    assert main([*words, "int8"]) == 0
+    codes = up_proj(mp.load(out, dtype="float32")[1]).codes
+    for params, equal in ((result.params, True), (mp.strip_lora(result.params), False)):
+        want = merge_quantized(params, Scheme("int8"), "bfloat16")
+        assert np.array_equal(codes, up_proj(want).codes) == equal
+    monkeypatch.setattr("mud_puppy.results.load", None)
+    words[4] = str(tmp_path / "more")
+    assert main([*words, "int4"]) == 2
+    assert "_proj/weight cannot be quantized: rows of" in capsys.readouterr().err
+    for flags, says in (("int4", "rows of"), ("nf4 --group 16", "nf4 with groups of 16")):
+        assert main(["quantize", model, "--output", words[4], "--to", *flags.split()]) == 2
+        assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("keys", [{}, {"qat_lora": True}], ids=["full", "lora"])

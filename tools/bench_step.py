@@ -77,6 +77,11 @@ def tell(phase: str) -> None:
     print(f"{time.perf_counter():8.1f} s: {phase}", file=sys.stderr, flush=True)
 
 
+def _gib(name: str) -> str:
+    stats = jax.devices()[0].memory_stats() or {}
+    return f"{stats.get(name, 0) / 2**30:.2f} GiB"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
@@ -115,6 +120,7 @@ def main() -> None:
         params = jax.device_put(params, shardings(mesh, axes(arch), params))
         run = prepare(config, model, params, mesh, 1000)
         del params
+        tell(f"params: {_gib('bytes_in_use')}, peak of making them {_gib('peak_bytes_in_use')}")
         rng = np.random.default_rng(0)
         batch = batch_of(rng, args.batch_size, args.length, arch.vocab_size, args.segment)
         tell("trace")
@@ -131,7 +137,6 @@ def main() -> None:
             state, metrics = jax.block_until_ready(run.step(state, batch))
             times.append(time.perf_counter() - start)
     step_s = statistics.median(times)
-    stats = jax.devices()[0].memory_stats() or {}
     planned = (
         plan.argument_size_in_bytes
         + plan.output_size_in_bytes
@@ -145,7 +150,7 @@ def main() -> None:
         f"{args.batch_size * args.length / step_s:,.0f} tokens/s, step {step_s * 1e3:.1f} ms "
         f"(min {min(times) * 1e3:.1f}, max {max(times) * 1e3:.1f}), "
         f"plan {planned / 2**30:.2f} GiB (temporary {plan.temp_size_in_bytes / 2**30:.2f}), "
-        f"peak {stats.get('peak_bytes_in_use', 0) / 2**30:.2f} GiB, first step {compile_s:.1f} s, "
+        f"peak {_gib('peak_bytes_in_use')}, first step {compile_s:.1f} s, "
         f"loss {float(metrics['loss'][0] / metrics['loss'][1]):.3f}; "
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}",
         flush=True,

@@ -37,7 +37,7 @@ from mud_puppy.errors import UserError, nearest
 Method = Literal["full", "lora", "qlora", "qat", "gptq"]
 Precision = Literal["bf16", "fp32", "fp16"]
 Computed = Literal["bf16", "fp32", "fp16", "fp8", "fp8-emulated"]
-Checkpointing = Literal["none", "full", "attention", "projections"]
+Checkpointing = Literal["none", "full", "offload", "attention", "projections"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant"]
 Backend = Literal["nf4", "int4", "int8", "mxfp4", "fp8"]
 Base = Literal[Backend, "stored"]

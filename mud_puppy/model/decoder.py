@@ -114,14 +114,16 @@ def scan_layers(
 ) -> tuple[Array, Cache | None]:
     """Runs a group with one `lax.scan` over its repeats.
 
-    remat, what the backward pass finds saved: "full": only each repeat's input; "attention": its
-    attention output too; "projections": also q, k, v, gate and up; "none": everything. With a
-    cache there is no backward pass in mind, and codes of quantized weights are read in place.
+    remat, what the backward pass finds saved: "full": only each repeat's input; "offload": that in
+    the host's memory; "attention": its attention output too; "projections": also q, k, v, gate and
+    up; "none": everything. With a cache there is no backward pass in mind, and codes of quantized
+    weights are read in place.
     """
 
     def body(carry: Any, step: Any) -> tuple[Any, None]:
-        blocks, r = step
-        return layers(blocks, *carry, start + r * len(group)), None
+        (x, cache), (blocks, r) = carry, step
+        x = checkpoint_name(x, "layer_input")
+        return layers(blocks, x, cache, start + r * len(group)), None
 
     def in_place(carry: Any, r: Any) -> tuple[Any, None]:
         return body(carry, (at_repeat(group, r), r))
@@ -139,6 +141,12 @@ def scan_layers(
 
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "projections": jax.checkpoint_policies.save_only_these_names("attention", "qkv", "gate_up"),
 }

@@ -179,7 +179,8 @@ def target_config(card: Card) -> str:
     """XLA's GpuTargetConfigProto in text form, as in openxla's own descriptions of cards (`XLA`).
 
     Registers are the 32-bit ones of a compute unit's vector file. The description is the
-    architecture, for JAX shows it as the device's kind and Pallas looks there.
+    architecture, for JAX shows it as the device's kind and Pallas looks there. The runtime is ROCm
+    7: without a version XLA trusts no float8 product and widens it.
     """
     arch = card.architecture
     registers = arch.simds_per_cu * arch.registers_per_lane * arch.wave_size
@@ -207,5 +208,6 @@ gpu_device_info {{
 }}
 platform_name: "ROCM"
 dnn_version_info {{ major: 3 minor: 5 }}
+runtime_version {{ major: 7 minor: 0 }}
 device_description_str: "{arch.name}"
 """

@@ -1,0 +1,114 @@
+"""preview and eval: look at the data, measure a model on it."""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from mud_puppy.config.keys import DTYPES, Config, Precision
+from mud_puppy.config.schema import AT_LEAST_1, AT_LEAST_2, REQUIRED, key
+from mud_puppy.errors import UserError
+
+_flag = partial(key, "flags")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """Show examples as the model will see them, with what is trained on coloured."""
+
+    dataset: str = _flag(REQUIRED, "file or hub data set")
+    model: str = _flag(REQUIRED, "model whose tokenizer and chat template are used")
+    n: int = _flag(3, "rows to show", AT_LEAST_1)
+    max_seq_length: int = _flag(2048, "longest example in tokens", AT_LEAST_2)
+    chat_template: bool = _flag(True, "use the tokenizer's chat template when it has one")
+    train_on_prompt: bool = _flag(False, "train on every token, not on the answers only")
+    roles_to_train: tuple[str, ...] = _flag(("assistant",), "roles that are trained on")
+    on_bad_rows: Literal["stop", "skip"] = _flag("stop", "what to do with a row that is not valid")
+    trust_remote_code: bool = _flag(False, "let the tokenizer run code from its own folder")
+
+
+def run_preview(args: Preview) -> None:
+    """Prints the examples, and what was cut or left out."""
+    import mud_puppy as mp
+    from mud_puppy.data import EncodeOptions, encode, preview_text, read_rows
+
+    found = read_rows(args.dataset, args.on_bad_rows)
+    tokenizer = mp.load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    options = EncodeOptions(
+        chat_template=args.chat_template,
+        roles_to_train=args.roles_to_train,
+        train_on_prompt=args.train_on_prompt,
+        max_seq_length=args.max_seq_length,
+        on_bad_rows=args.on_bad_rows,
+    )
+    data = encode(found.rows[: args.n], tokenizer, options)
+    print(preview_text(data.examples, tokenizer, args.n, color=sys.stdout.isatty()))
+    print(f"{len(found)} rows in {args.dataset}", *data.report.lines(), sep="\n")
+    if found.bad.count:
+        print(f"{found.bad.count} bad rows left out", *found.bad.messages, sep="\n")
+    if found.unused_columns:
+        print("columns not used:", ", ".join(found.unused_columns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure a model on text: perplexity, and what codes made of it lose (KL)."""
+
+    model: str = _flag(REQUIRED, "model folder, hub id or GGUF file")
+    dataset: str = _flag(REQUIRED, "text or chat file, or hub data set")
+    against: tuple[str, ...] = _flag(
+        (), "formats to try (nf4, int4, int8, mxfp4, fp8) or folders of the model in codes"
+    )
+    group: int | None = _flag(
+        None, "weights that share a scale in the formats that have a choice; null: their own",
+        AT_LEAST_2,
+    )  # fmt: skip
+    precision: Precision = _flag("bf16", "type that the model computes in")
+    max_seq_length: int = _flag(1024, "longest example in tokens", AT_LEAST_2)
+    batch_size: int = _flag(4, "rows that are read at a time", AT_LEAST_1)
+    train_on_prompt: bool = _flag(False, "measure every token, not the answers only")
+
+
+def run_eval(args: Eval) -> None:
+    """Prints a line for the model and for each of `against`."""
+    import jax
+    from tqdm import tqdm
+
+    import mud_puppy as mp
+    from mud_puppy.run.compare import compare
+    from mud_puppy.run.datasets import eval_data
+    from mud_puppy.weights.quantize import FORMATS, GROUPED
+
+    dtype = DTYPES[args.precision]
+    keys = "model dataset precision max_seq_length batch_size train_on_prompt".split()
+    config = Config.load({key: getattr(args, key) for key in keys} | {"output": "none"})
+    shaped, shapes = mp.abstract(args.model)
+    if args.group is not None and not set(args.against) & set(GROUPED):
+        raise UserError(f"--group: is of the formats {', '.join(GROUPED)}; --against names none")
+
+    def encoded(format: str, params: Any) -> Any:
+        return mp.quantize(params, format, group=args.group if format in GROUPED else None)
+
+    folders = [name for name in args.against if name not in FORMATS]
+    for name in args.against:
+        if name not in folders:
+            jax.eval_shape(partial(encoded, name), shapes)
+            continue
+        ours, theirs = shaped.arch, mp.abstract(name)[0].arch
+        if (ours.sizes, ours.layers) != (theirs.sizes, theirs.layers):
+            raise UserError(f"--against: {name} is another model than {args.model}")
+    held = eval_data(config, shaped, mp.load_tokenizer(args.model))
+    model, params = mp.load(args.model, dtype=dtype)
+
+    def line(name: str, other: Any) -> None:
+        steps = tqdm(range(held.steps_per_epoch), name, leave=False, disable=None)
+        found = compare(model, params, other, map(held.batch_at, steps))
+        print(
+            f"{name}: perplexity {found.perplexity:.4f}, loss {found.loss:.4f}, "
+            f"KL {found.kl:.5f}, {found.tokens:.0f} tokens",
+            flush=True,
+        )
+
+    line(args.model, None)
+    for name in args.against:
+        line(name, mp.load(name, dtype=dtype)[1] if name in folders else encoded(name, params))

@@ -1,0 +1,148 @@
+"""What a run leaves, and what the verbs make of it: the model or adapter, merged, in codes.
+
+`check_result` and the verbs find out before the work what could not be written after it.
+"""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from mud_puppy.config import DTYPES, Config
+from mud_puppy.errors import UserError
+from mud_puppy.export import check_codes, save_hf, save_merged, save_quantized
+from mud_puppy.model import Model, abstract, load, load_tokenizer
+from mud_puppy.model.load import check_dtype
+from mud_puppy.model.names import hf_names
+from mud_puppy.model.save import write_tokenizer
+from mud_puppy.parallel import make_mesh
+from mud_puppy.run.checkpoint import Checkpoints
+from mud_puppy.run.prepare import load_params, merge_scheme, on_grid, prepare
+from mud_puppy.weights import (
+    Scheme,
+    finish_fake_quant,
+    load_adapter,
+    merge_quantized,
+    merged_view,
+    quantize,
+    quantizer,
+    save_adapter,
+    strip_fake_quant,
+)
+
+Tree = Any
+
+
+def check_result(config: Config, model: Model, shapes: Tree) -> None:
+    """UserError, before the run, for codes that it would make at its end but cannot: rows that no
+    group divides, formats and groups that no layout holds. model, shapes: as of `abstract`."""
+    if config.method == "qat":
+        check_codes(model, shapes, lambda p: finish_fake_quant(on_grid(config, p)))
+    if config.merge_lora and config.merged_as not in DTYPES:
+        check_codes(model, shapes, lambda p: merged_params(config, p, config.merged_as))
+
+
+def merge_adapter(
+    model_source: str | Path,
+    adapter_dir: str | Path,
+    output: str | Path,
+    dtype: str | None = "bfloat16",
+    scheme: Scheme | None = None,
+) -> None:
+    """Base model + PEFT adapter -> one HF folder. The base is read in the dtype it is stored in.
+
+    scheme: codes that the merged model is stored in, from sums in bfloat16, instead of `dtype`.
+    """
+    check_dtype(dtype)
+    if scheme is None:
+        model, params = load(model_source, dtype=None)
+        save_merged(model, load_adapter(params, adapter_dir), output, dtype)
+        return
+    merged = partial(merge_quantized, scheme=scheme, dtype="bfloat16")
+    check_codes(*abstract(model_source), merged)
+    model, params = load(model_source, dtype=None)
+    save_quantized(model, merged(load_adapter(params, adapter_dir)), output)
+
+
+def quantize_model(
+    source: str | Path, output: str | Path, scheme: Scheme, dtype: str = "bfloat16"
+) -> None:
+    """A model -> a folder of it in codes. Each tensor is encoded as it is read; dtype: of what
+    stays in floats. What cannot be encoded or written is a UserError before weights are read."""
+    shaped, shapes = abstract(source)
+    check_codes(shaped, shapes, lambda p: quantize(p, **asdict(scheme)))
+    encode, names = quantizer(scheme), hf_names(shaped.arch, shapes)
+    with tqdm(total=sum(map(len, names.values())), unit="tensor", disable=None) as bar:
+
+        def on_leaf(path: str, array: Any) -> Any:
+            bar.update()
+            return encode(path, array)
+
+        model, params = load(source, dtype=dtype, on_leaf=on_leaf)
+    save_quantized(model, params, output, dtype)
+
+
+def export_run(
+    run: str | Path, output: str | Path, step: int | None = None, merge: bool = False
+) -> None:
+    """A run's checkpoint as other programs load it: model, adapter, or (merge) the merged model.
+
+    run: the run's output folder; step: of which checkpoint, None for the newest. The base model is
+    read again from where the run had it.
+    """
+    folder = Path(run).expanduser()
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no run is here (there is no config.yaml)")
+    config = Config.load(folder / "config.yaml")
+    if merge and not config.adapts:
+        raise UserError(f"{folder}: a run of method full has no adapter to merge")
+    mesh = make_mesh()  # the devices of here, which may not be those of the run
+    with jax.set_mesh(mesh):
+        model, params = load_params(config, mesh)
+        # The length of the run decides the learning rate alone, which nothing here asks for.
+        prepared = prepare(config, model, params, mesh, total_steps=1)
+        state = Checkpoints(folder).replace(prepared.state, step).state
+        tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        if merge:
+            write_merged(config, output, model, prepared.params(state), tokenizer)
+        else:
+            write_result(config, Path(output), model, prepared.params(state), tokenizer)
+
+
+def write_result(config: Config, out: Path, model: Model, params: Tree, tokenizer: Any) -> None:
+    """What a run leaves in `out`: a model or an adapter, with the tokenizer; of method qat the
+    codes that were trained too."""
+    dtype = DTYPES[config.precision]
+    if config.method == "qat":
+        codes = finish_fake_quant(params)
+        save_quantized(model, codes, out / f"qat_{config.qat_format}", dtype, tokenizer)
+        params = strip_fake_quant(params)
+    if not config.adapts:
+        save_hf(model, params, out, dtype, tokenizer)
+        return
+    save_adapter(model, params, out)
+    write_tokenizer(out, None, tokenizer)
+
+
+def write_merged(
+    config: Config, out: str | Path, model: Model, params: Tree, tokenizer: Any
+) -> None:
+    """The merged model, stored as the config says: in a precision, or in codes."""
+    how = config.merged_as
+    if how in DTYPES:
+        save_merged(model, strip_fake_quant(params), out, DTYPES[how], tokenizer)
+    else:
+        codes = merged_params(config, params, how)
+        save_quantized(model, codes, out, "bfloat16", tokenizer)
+
+
+def merged_params(config: Config, params: Tree, how: str) -> Tree:
+    """Params of which a forward pass is that of the merged model; how: a precision, or the config's
+    `merged_as`."""
+    params = strip_fake_quant(params)
+    if how in DTYPES:
+        return merged_view(params, DTYPES[how])
+    return merge_quantized(params, merge_scheme(config), "bfloat16")

@@ -274,16 +274,18 @@ def test_merge_and_export_call_their_room(monkeypatch, capsys, tmp_path):
         export_run=lambda *args, **settings: calls.append((*args, settings)),
     )
     monkeypatch.setitem(sys.modules, "mud_puppy.results", fake)
-    merged, exported = str(tmp_path / "merged"), str(tmp_path / "exported")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    merged, exported = "~/merged", str(tmp_path / "exported")
     assert cli.main(["merge", "m", "a", "--output", merged, "--merge-precision", "fp32"]) == 0
     assert cli.main(["export", "run", "--output", exported, "--step", "7", "--merge-lora"]) == 0
     named = ["export", "run/checkpoint-9/", "--output", exported]
     assert cli.main(named) == 0
     assert calls == [
-        ("m", "a", merged, "float32", None),
-        ("run", exported, {"step": 7, "merge": True}),
-        ("run", exported, {"step": 9, "merge": False}),
+        ("m", "a", tmp_path / "merged", "float32", None),
+        ("run", Path(exported), {"step": 7, "merge": True}),
+        ("run", Path(exported), {"step": 9, "merge": False}),
     ]
+    assert (tmp_path / "merged").is_dir()
     assert merged in capsys.readouterr().out
     assert "names the step already" in refused(capsys, *named, "--step", "9")
 

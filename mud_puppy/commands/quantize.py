@@ -13,7 +13,7 @@ from mud_puppy.config.keys import (
     Config,
     Precision,
 )
-from mud_puppy.config.output import refuse_filled, writable
+from mud_puppy.config.output import empty, writable
 from mud_puppy.config.schema import AT_LEAST_1, AT_LEAST_2, INSIDE_1, REQUIRED, key
 from mud_puppy.config.source import flag
 from mud_puppy.errors import UserError
@@ -21,6 +21,7 @@ from mud_puppy.errors import UserError
 _flag = partial(key, "flags")
 _gptq = partial(key, "flags of --to gptq")
 Format = Literal[Backend, "gptq"]
+_RESUME = "go on with --resume, or "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +69,13 @@ def run_quantize(args: Quantize) -> None:
         raise UserError(f"--double: {args.to} has no scales in 8 bits; leave it out")
     if args.embeddings and args.to == "nf4":
         raise UserError("--embeddings: bitsandbytes' layout holds nf4 alone; leave it out")
-    refuse_filled(args.output)
-    writable(args.output)
+    folder = empty(args.output)
     from mud_puppy.results import quantize_model
     from mud_puppy.weights import Scheme
 
     eight = "int8" if args.embeddings else None
     scheme = Scheme(args.to, args.group, double=args.double, embed=eight, head=eight)
-    quantize_model(args.model, args.output, scheme, DTYPES[args.precision])
+    quantize_model(args.model, folder, scheme, DTYPES[args.precision])
     print(f"quantized model: {args.output}")
 
 
@@ -98,9 +98,7 @@ def _run_gptq(args: Quantize) -> None:
     fixed = {key: getattr(args, key) for key in ("model", "output", "precision")}
     given = {key: value for key, value in keys.items() if value is not None}
     config = Config.load(fixed | given | {"method": "gptq"})
-    if not config.resume:
-        refuse_filled(args.output, "go on with --resume, or ")
-    folder = writable(args.output)
+    folder = writable(args.output) if config.resume else empty(args.output, _RESUME)
     from mud_puppy.gptq import write_gptq
 
     write_gptq(config, folder)

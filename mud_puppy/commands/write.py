@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from mud_puppy.config.keys import DTYPES, Stored
-from mud_puppy.config.output import refuse_filled, writable
+from mud_puppy.config.output import empty
 from mud_puppy.config.schema import AT_LEAST_1, REQUIRED, key
 from mud_puppy.errors import UserError
 
@@ -27,14 +27,13 @@ class Merge:
 
 def run_merge(args: Merge) -> None:
     """Writes the merged model."""
-    refuse_filled(args.output)
-    writable(args.output)
+    folder = empty(args.output)
     from mud_puppy.results import merge_adapter
     from mud_puppy.weights import Scheme
 
     how = args.merge_precision
     scheme = None if how is None or how in DTYPES else Scheme(how)
-    merge_adapter(args.model, args.adapter, args.output, how and DTYPES.get(how), scheme)
+    merge_adapter(args.model, args.adapter, folder, how and DTYPES.get(how), scheme)
     print(f"merged model: {args.output}")
 
 
@@ -51,11 +50,10 @@ class Export:
 def run_export(args: Export) -> None:
     """Writes the checkpoint's model or adapter."""
     run, step = _run_and_step(args)
-    refuse_filled(args.output)
-    writable(args.output)
+    folder = empty(args.output)
     from mud_puppy.results import export_run
 
-    export_run(run, args.output, step=step, merge=args.merge_lora)
+    export_run(run, folder, step=step, merge=args.merge_lora)
     print(f"exported: {args.output}")
 
 

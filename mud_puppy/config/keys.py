@@ -243,7 +243,9 @@ class Config:
     adam_epsilon: float = _train(1e-8, "added to the denominator", POSITIVE, needs=_ADAMW)
     max_grad_norm: float | None = _train(1.0, "clip the gradient's norm; null: never", POSITIVE)
     gradient_checkpointing: Checkpointing = _train(
-        "full", "what the backward pass computes again: all, all but attention, ...", off="none"
+        "full",
+        "what the backward pass computes again: all, all (inputs on the host), ...",
+        off="none",
     )
     eval_steps: int | None = _train(
         None, "updates between evaluations; null: at the end of an epoch", AT_LEAST_1, needs=_EVAL

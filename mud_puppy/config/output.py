@@ -21,19 +21,20 @@ def check_output(config: Config) -> Path:
     elif config.overwrite:
         _refuse_own_source(config)
     else:
-        refuse_filled(config.output, "go on with --resume, replace it with --overwrite, or ")
+        return empty(config.output, "go on with --resume, replace it with --overwrite, or ")
     return writable(config.output)
 
 
-def refuse_filled(output: str, ways_out: str = "") -> None:
-    """Raise UserError when the folder `output` holds something."""
+def empty(output: str, ways_out: str = "") -> Path:
+    """`writable`, and UserError when the folder holds something."""
     if _held(output):
         raise UserError(f"output {output}: is not empty; {ways_out}name another folder.")
+    return writable(output)
 
 
 def writable(output: str) -> Path:
     """The folder, made if it is missing; UserError when no file can be written in it."""
-    path = Path(output)
+    path = Path(output).expanduser()
     try:
         if path.exists() and not path.is_dir():
             raise UserError(f"output {output}: is a file; name a folder.")
@@ -89,7 +90,7 @@ def _refuse_foreign(output: str) -> None:
 
 
 def _refuse_own_source(config: Config) -> None:
-    output = os.path.realpath(config.output)
+    output = _real(config.output)
     for key, source in (("model", config.model), ("adapter", config.adapter)):
         if source is not None and _real(source).is_relative_to(output):
             raise UserError(
@@ -104,7 +105,7 @@ def _real(source: str) -> Path:
 
 def _held(output: str) -> list[str]:
     """The names in the folder; none where there is no folder."""
-    path = Path(output)
+    path = Path(output).expanduser()
     try:
         return [inner.name for inner in path.iterdir()] if path.is_dir() else []
     except OSError as error:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mud_puppy.errors import UserError
+from mud_puppy.kernels import Quantized
 from mud_puppy.weights.leaf import Lora, base_of, is_weight
 from mud_puppy.weights.peft import Part, read_adapter, write_adapter
 from mud_puppy.weights.tree import Tree, map_modules, module_names
@@ -85,6 +86,11 @@ def _shapes(names: list[str], w: Any) -> Iterator[tuple[str, tuple[int, int]]]:
 def _check_base(folder: Path, name: str, part: Part, w: Any) -> None:
     if part.base is None:
         return
+    if isinstance(base_of(w), Quantized):
+        raise UserError(
+            f"{folder}: holds weights of '{name}' itself, which is in codes here and cannot be "
+            "compared: load the adapter on the model with that weight in floats"
+        )
     given, ours = part.base, np.asarray(base_of(w))
     # Either may have been rounded to 16 bits on its way.
     narrow = min(given.dtype, ours.dtype, key=lambda dtype: dtype.itemsize)

@@ -20,6 +20,7 @@ from mud_puppy.weights import (
     is_weight,
     load_adapter,
     merge_lora,
+    quantize,
     save_adapter,
     strip_lora,
 )
@@ -198,6 +199,8 @@ def test_a_saved_embedding_must_be_the_base_one(
     save_file(tensors | {name: embed + 1}, path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="trained or resized embedding"):
         load_adapter(params, path)
+    with pytest.raises(UserError, match=r"'model\.embed_tokens' itself, which is in codes"):
+        load_adapter(quantize(params, "int8", embed="int8"), path)
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from mud_puppy.model.names import flatten, hf_names
 from mud_puppy.model.quantized_files import Writer, writer
 from mud_puppy.model.save import Spec, write_configs, write_tokenizer, write_weights
 from mud_puppy.weights import Int8Dynamic, Lora, base_of, dense, is_weight
+from mud_puppy.weights.tree import under_rounding
 
 Tree = Any
 
@@ -111,7 +112,8 @@ def save_quantized(
 
 
 def _refuse_adapters(params: Tree) -> None:
-    if any(isinstance(w, Lora) for w in jax.tree.leaves(params, is_leaf=is_weight)):
+    leaves = jax.tree.leaves(params, is_leaf=is_weight)
+    if any(isinstance(under_rounding(w), Lora) for w in leaves):
         raise UserError(
             "these params have adapters: merge them first (merge_lora), or write the adapter alone "
             "(save_adapter)"

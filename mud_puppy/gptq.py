@@ -23,10 +23,9 @@ from mud_puppy.data import Batch, Loader
 from mud_puppy.errors import UserError
 from mud_puppy.export import save_quantized
 from mud_puppy.model import Model, abstract, load, load_tokenizer
-from mud_puppy.model.files import find_model
 from mud_puppy.model.gptq_format import check_shape, quantization_config
-from mud_puppy.model.hf_config import read_config_file
-from mud_puppy.model.quantized_files import gptq_writer, take_config
+from mud_puppy.model.load import stored_codes
+from mud_puppy.model.quantized_files import gptq_writer
 from mud_puppy.parallel import make_mesh
 from mud_puppy.run.calibrate import GptqOptions, check_fit, linears, quantize_gptq
 from mud_puppy.run.compare import compare
@@ -123,8 +122,7 @@ def _check_unfinished(folder: Path) -> None:
 
 
 def _check_model(config: Config, shapes: Tree, options: GptqOptions) -> None:
-    path = find_model(config.model, weights=False, code=config.trust_remote_code)
-    if path.is_dir() and take_config(read_config_file(path, config.trust_remote_code)) is not None:
+    if stored_codes(config.model, config.trust_remote_code) is not None:
         raise UserError(
             f"{config.model}: its weights are in codes already (config.json has a "
             "quantization_config); name the model that they were made from"

@@ -25,6 +25,7 @@ from mud_puppy.weights import (
     Scheme,
     finish_fake_quant,
     load_adapter,
+    merge_lora,
     merge_quantized,
     merged_view,
     quantize,
@@ -39,10 +40,14 @@ Tree = Any
 def check_result(config: Config, model: Model, shapes: Tree) -> None:
     """UserError, before the run, for codes that it would make at its end but cannot: rows that no
     group divides, formats and groups that no layout holds. model, shapes: as of `abstract`."""
+
+    def prepared(params: Tree) -> Tree:
+        return on_grid(config, params) if config.method == "qat" else params
+
     if config.method == "qat":
-        check_codes(model, shapes, lambda p: finish_fake_quant(on_grid(config, p)))
+        check_codes(model, shapes, lambda p: finish_fake_quant(prepared(p)))
     if config.merge_lora and config.merged_as not in DTYPES:
-        check_codes(model, shapes, lambda p: merged_params(config, p, config.merged_as))
+        check_codes(model, shapes, lambda p: merged_params(config, prepared(p), config.merged_as))
 
 
 def merge_adapter(
@@ -117,7 +122,7 @@ def write_result(config: Config, out: Path, model: Model, params: Tree, tokenize
     codes that were trained too."""
     dtype = DTYPES[config.precision]
     if config.method == "qat":
-        codes = finish_fake_quant(params)
+        codes = merge_lora(finish_fake_quant(params))
         save_quantized(model, codes, out / f"qat_{config.qat_format}", dtype, tokenizer)
         params = strip_fake_quant(params)
     if not config.adapts:
@@ -136,12 +141,14 @@ def write_merged(
         save_merged(model, strip_fake_quant(params), out, DTYPES[how], tokenizer)
     else:
         codes = merged_params(config, params, how)
-        save_quantized(model, codes, out, "bfloat16", tokenizer)
+        save_quantized(model, codes, out, DTYPES[config.precision], tokenizer)
 
 
 def merged_params(config: Config, params: Tree, how: str) -> Tree:
     """Params of which a forward pass is that of the merged model; how: a precision, or the config's
     `merged_as`."""
+    if config.method == "qat" and how == config.qat_format:
+        return merge_lora(finish_fake_quant(params))  # the codes that were trained
     params = strip_fake_quant(params)
     if how in DTYPES:
         return merged_view(params, DTYPES[how])

@@ -109,7 +109,8 @@ def _run(config: Config, output: Path, run: Prepared, data: RunData, tokenizer: 
         write_result(config, output, run.model, params, tokenizer)
         if config.merge_lora:
             write_merged(config, output / "merged", run.model, params, tokenizer)
-            _measure_merged(config, run, params, data, record, int(state.step))
+            trained = {} if evaluate is None else evaluate(state)
+            _measure_merged(config, run, trained, params, data, record, int(state.step))
         log.info("%s at step %d: %s", ended.reason, int(state.step), output)
         return _result(output, run, state, ended.reason, record)
 
@@ -143,9 +144,15 @@ def _evaluation(run: Prepared, data: RunData) -> Any:
 
 
 def _measure_merged(
-    config: Config, run: Prepared, params: Tree, data: RunData, record: Recorder, step: int
+    config: Config,
+    run: Prepared,
+    trained: dict[str, float],
+    params: Tree,
+    data: RunData,
+    record: Recorder,
+    step: int,
 ) -> None:
-    """The evaluation loss of the model as it trained and as it was merged."""
+    """The evaluation loss of the model as it trained (`trained`) and as it was merged."""
     held = data.evaluation
     if held is None:
         log.info("merged: its loss is not measured; eval_split or eval_dataset would give data")
@@ -154,7 +161,7 @@ def _measure_merged(
     def loss(params: Tree) -> float:
         return run.measure(params, map(held.batch_at, range(held.steps_per_epoch)))["eval_loss"]
 
-    found = {"with its adapter": loss(params)}
+    found = {"with its adapter": trained["eval_loss"]}
     for how in dict.fromkeys(("bf16", config.merged_as)):
         found[f"merged {how}"] = loss(merged_params(config, params, how))
     record(step, {f"eval_loss {name}".replace(" ", "_"): value for name, value in found.items()})

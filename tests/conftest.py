@@ -15,8 +15,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
+import logging
 
 import pytest
+
+# What tests share there says as much of a failed assertion as they do.
+pytest.register_assert_rewrite("tests.bad_inputs", "tests.kernels")
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -28,14 +32,11 @@ QUESTIONS = "red blue green one two three cat dog sun moon tea milk salt rice".s
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory):
     """Folder of a tiny random llama (2 layers of 32) with a byte-level ChatML tokenizer."""
-    import jax
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     import mud_puppy as mp
-    from mud_puppy.model import init
-    from mud_puppy.model.families import read_config
-    from mud_puppy.model.module import build
+    from tests.tiny import tiny_model
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
@@ -48,12 +49,7 @@ def chat_model(tmp_path_factory):
         pad_token="<|im_end|>",
         chat_template=CHATML,
     )
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+    model, params = tiny_model(
         vocab_size=len(fast),
         max_position_embeddings=512,
         tie_word_embeddings=True,
@@ -61,9 +57,7 @@ def chat_model(tmp_path_factory):
         eos_token_id=fast.eos_token_id,
         bos_token_id=None,
     )
-    arch = read_config(config)
     folder = tmp_path_factory.mktemp("chat_model")
-    model, params = build(arch)[0], init(arch, jax.random.key(0))
     mp.save_hf(model, params, folder, dtype="float32", tokenizer=fast)
     return folder
 
@@ -97,3 +91,13 @@ def config(chat_model, chats, tmp_path):
         "sample_prompts": 0,
         "mesh": "data=1,fsdp=1",
     }
+
+
+@pytest.fixture(autouse=True)
+def fresh_log():
+    """The command line sets the log up once, for the stderr of its process, which capsys replaces:
+    each test has it as a new process does."""
+    log = logging.getLogger("mud_puppy")
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)

@@ -19,15 +19,11 @@ from mud_puppy.model import abstract, load, load_tokenizer
 from mud_puppy.parallel import make_mesh
 from mud_puppy.results import merge_adapter
 from mud_puppy.weights import add_lora, load_adapter, merge_lora
+from tests.tiny import SIZES
 
-FIELDS = {
+FIELDS = SIZES | {
     "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "rope_parameters": {

@@ -6,16 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import LlamaConfig
 
 import mud_puppy as mp
 from mud_puppy.cli import main
 from mud_puppy.export import save_quantized
-from mud_puppy.model import build, init
-from mud_puppy.model.families import read_config
 from mud_puppy.model.gptq_format import quantization_config
 from mud_puppy.model.quantized_files import gptq_writer
 from mud_puppy.weights import fake_quant, finish_fake_quant
+from tests.tiny import tiny_model
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 16)), jnp.int32)
 CASES = {
@@ -33,18 +31,8 @@ CASES = {
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def llama(request):
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=request.param,
-        initializer_range=0.1,
-    )
-    arch = read_config(config)
-    return build(arch)[0], init(arch, jax.random.key(0))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.1}
+    return tiny_model(tie_word_embeddings=request.param, **sizes)
 
 
 @pytest.mark.parametrize("case", CASES)

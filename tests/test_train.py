@@ -248,7 +248,7 @@ CONFIGS = [path for path in CONFIGS if path.stem != "gptq"]  # test_gptq_run.py
 
 
 @pytest.mark.parametrize("recipe", CONFIGS, ids=lambda path: path.stem)
-def test_every_recipe_trains(recipe, config, tmp_path):
+def test_every_recipe_trains(recipe, config):
     keys = ("model", "dataset", "output", "mesh", "sample_prompts", "max_seq_length")
     changes = {key: config[key] for key in keys} | {"max_steps": 2}
     if recipe.stem == "qlora":

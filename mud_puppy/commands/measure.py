@@ -75,6 +75,7 @@ def run_eval(args: Eval) -> None:
     from tqdm import tqdm
 
     import mud_puppy as mp
+    from mud_puppy.model.load import stored_codes
     from mud_puppy.run.compare import compare
     from mud_puppy.run.datasets import eval_data
     from mud_puppy.weights.quantize import FORMATS, GROUPED
@@ -89,8 +90,14 @@ def run_eval(args: Eval) -> None:
     def encoded(format: str, params: Any) -> Any:
         return mp.quantize(params, format, group=args.group if format in GROUPED else None)
 
+    stored = stored_codes(args.model)
     folders = [name for name in args.against if name not in FORMATS]
     for name in args.against:
+        if name not in folders and stored is not None:
+            raise UserError(
+                f"--against: {name} is made of a model in floats, and {args.model} is in codes "
+                f"({stored}); name the model that it was made from"
+            )
         if name not in folders:
             jax.eval_shape(partial(encoded, name), shapes)
             continue

@@ -400,6 +400,10 @@ def _check_together(config: Config, given: dict[str, Given]) -> None:
                 f"{label}: {config.quant_backend} codes have no float8 products; use bf16, or "
                 "quant_backend fp8."
             )
+        if config.quant_group is not None:
+            raise UserError(
+                f"{given['quant_group'].label}: float8 products take one scale a row; leave it out."
+            )
     if config.max_steps is not None and config.warmup_steps > config.max_steps:
         raise UserError(
             f"{given['warmup_steps'].label}: {config.warmup_steps} is more than max_steps "

@@ -55,8 +55,17 @@ def pack(
     }
 
 
-def unpack(leaf: Quantized) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """codes, scales and zeros that `weights.gptq.to_quantized` made a leaf of (not stacked)."""
+def unpack(leaf: Quantized, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """codes, scales and zeros that `weights.gptq.to_quantized` made a leaf of (not stacked).
+    UserError for a leaf of other codes than of these bits."""
+    own = {"int8": 8, "int4": 4}.get(leaf.format)
+    found = _unpack(leaf)
+    if (found[2] is None and bits != own) or found[0].max() >> bits:
+        raise UserError(f"GPTQ: the weights are {leaf.format} codes, not codes of {bits} bits")
+    return found
+
+
+def _unpack(leaf: Quantized) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     codes, scales = np.asarray(leaf.codes), np.asarray(leaf.scales, np.float32)
     zeros = None if leaf.zeros is None else np.asarray(leaf.zeros)
     if leaf.format == "int8":

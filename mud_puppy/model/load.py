@@ -109,6 +109,14 @@ def abstract(
     return model, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind), shapes)
 
 
+def stored_codes(source: str | Path, trust_remote_code: bool = False) -> str | None:
+    """How a checkpoint whose weights are in codes calls their layout ("gptq", "bitsandbytes", ...);
+    None for one in floats, and for GGUF files, which `load` decodes."""
+    path = find_model(source, weights=False, code=trust_remote_code)
+    found = None if path.is_file() else take_config(read_config_file(path, trust_remote_code))
+    return None if found is None else str(found.get("quant_method"))
+
+
 def check_dtype(dtype: str | None) -> None:
     """UserError unless `dtype` names a float dtype that weights can have (or is None)."""
     known = sorted(d.name for d in DTYPES.values())

@@ -44,7 +44,7 @@ def compare(
     for batch in batches:
         rows = {key: x.reshape(-1, 1, x.shape[-1]) for key, x in batch.items()}
         sums += np.asarray(_sums(model, reference, params, rows), np.float64)
-    loss, kl, tokens = sums
+    loss, kl, tokens = map(float, sums)
     return Comparison(loss / tokens, kl / tokens, tokens)
 
 

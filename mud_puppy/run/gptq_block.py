@@ -75,7 +75,8 @@ def quantize_block(
         block = _scaled(arch, block, {stage: observe(block, stage) for stage in STAGES}, options)
     losses = {}
     for stage in STAGES:
-        hessian = observe(block, stage).hessian
+        # Finished first: two programs whose devices talk, in flight at once, deadlock XLA's CPU.
+        hessian = jax.block_until_ready(observe(block, stage).hessian)
         # Rows do not meet, so one pass serves all weights that read these inputs.
         weights = tuple(block[stage.part][name]["weight"] for name in stage.names)
         w = jnp.concatenate(weights)

@@ -19,6 +19,7 @@ from mud_puppy.config import DTYPES, Config
 from mud_puppy.errors import UserError
 from mud_puppy.kernels.formats import GROUPS
 from mud_puppy.model import Model, axes, load, scan_layers
+from mud_puppy.model.load import stored_codes
 from mud_puppy.parallel import batch_sharding, like, replicated, shardings
 from mud_puppy.run.loop import means
 from mud_puppy.run.methods import SFT, Method
@@ -29,7 +30,6 @@ from mud_puppy.weights import (
     Lora,
     Scheme,
     add_lora,
-    base_of,
     check_savable,
     combine,
     fake_quant,
@@ -86,7 +86,6 @@ def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
         trust_remote_code=config.trust_remote_code,
         keep_codes=config.quant_backend == "stored",
     )
-    _check_stored(config, params)
     params = transformed(config, params)
     params = jax.device_put(params, shardings(mesh, axes(model.arch), params))
     return replace(model, dtype=dtype), params
@@ -108,16 +107,6 @@ def on_grid(config: Config, params: Tree) -> Tree:
     group = config.qat_group or (GROUPS["int4"] if config.qat_format == "int4" else None)
     options = {"activations": config.qat_activations, "ranges": config.qat_ranges}
     return fake_quant(params, config.qat_format, group=group, **options)
-
-
-def _check_stored(config: Config, params: Tree) -> None:
-    """UserError for a checkpoint in codes, where the method would train or make them."""
-    codes = [w for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)]
-    if codes and config.method in ("full", "qat"):
-        raise UserError(
-            f"{config.model}: the model's weights are {base_of(codes[0]).format} codes, which do "
-            "not train: use method lora, or the unquantized model"
-        )
 
 
 def _with_adapters(config: Config, params: Tree) -> Tree:
@@ -169,8 +158,21 @@ def check_asked(config: Config, shapes: Tree) -> None:
         fp8_types()
     if config.adapts and (config.adapter is None or config.adapter_mode == "stack"):
         match_targets(module_names(shapes), config.lora_targets)
+    if layout := stored_codes(config.model, config.trust_remote_code):
+        _check_stored(config, layout)
     if _encodes(config):
         jax.eval_shape(lambda p: quantize(p, **asdict(scheme(config))), shapes)
+
+
+def _check_stored(config: Config, layout: str) -> None:
+    """UserError for a checkpoint in codes, where the method would train or make them."""
+    codes = f"{config.model}: the model's weights are in codes ({layout})"
+    if config.method in ("full", "qat"):
+        raise UserError(f"{codes}, which do not train: use method lora, or the unquantized model")
+    if _encodes(config):
+        raise UserError(f"{codes} already: use method lora (or quant_backend stored)")
+    if config.precision.startswith("fp8") and layout != "compressed-tensors":
+        raise UserError(f"{codes}, which have no float8 products: use another precision")
 
 
 def _set_dropout(params: Tree, rate: float) -> Tree:

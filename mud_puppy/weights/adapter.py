@@ -12,7 +12,7 @@ from mud_puppy.errors import UserError
 from mud_puppy.kernels import Quantized
 from mud_puppy.weights.leaf import Lora, base_of, is_weight
 from mud_puppy.weights.peft import Part, read_adapter, write_adapter
-from mud_puppy.weights.tree import Tree, map_modules, module_names
+from mud_puppy.weights.tree import Tree, map_modules, module_names, under_rounding
 
 
 def load_adapter(params: Tree, folder: str | Path) -> Tree:
@@ -41,6 +41,7 @@ def save_adapter(model: Any, params: Tree, out: str | Path) -> None:
     Adapters stacked on one weight become one with their ranks in a row. UserError when there are
     none, and as `check_savable` says.
     """
+    params = jax.tree.map(under_rounding, params, is_leaf=is_weight)
     check_savable(params)
     parts: dict[str, Part] = {}
     map_modules(lambda names, w: parts.update(_parts(names, w)), lambda name: None, params)

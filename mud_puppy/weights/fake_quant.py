@@ -132,7 +132,7 @@ def _check(name: str, w: Any, format: str, group: int | None) -> None:
         fitting = [g for g in (32, 64, 128, 256) if size % g == 0]
         raise UserError(
             f"qat: rows of {size} ('{name}') are not whole groups of {group}; groups that fit: "
-            f"{', '.join(map(str, fitting)) or 'none'}, or none for a scale each row"
+            f"{', '.join(map(str, fitting)) or 'none'}, or format int8 without groups"
         )
     if format == "int4" and size % 2:
         raise UserError(f"qat: rows of {size} ('{name}') are odd, and int4 packs pairs; use int8")

@@ -79,6 +79,11 @@ def _changed(name: str, w: Any, types: Float8, frozen: bool) -> Any:
         # One scale a matrix is a power of two here; others are written out for each row.
         scales = jnp.broadcast_to(w.scales, (*w.shape[:-1], 1))
         return Fp8(replace(w, scales=scales), types=types)
+    if is_weight(w):
+        raise UserError(
+            f"precision fp8: '{name}' is a {type(w).__name__}, which has products of its own; take "
+            "another precision"
+        )
     return Fp8(_jitted_codes(w, types) if frozen else w, types=types)
 
 

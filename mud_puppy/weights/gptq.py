@@ -90,9 +90,11 @@ def _inverse_factor(hessian: Any, seen: Any, damp: Any, order: Any) -> Any:
     The paper factors the inverse. H = R R^T with R upper is the same U = R^-1 with one Cholesky
     (of H from its last row to its first) and no inverse that is rounded before it is factored.
     """
-    diagonal = jnp.where(seen, jnp.diagonal(hessian), 1)
+    mean = jnp.mean(jnp.diagonal(hessian), where=seen)
+    mean = jnp.where(seen.any(), mean, 1)
+    diagonal = jnp.where(seen, jnp.diagonal(hessian), mean)
     h = jnp.where(seen[:, None] & seen[None, :], hessian, 0)
-    h = h.at[jnp.diag_indices_from(h)].set(diagonal + damp * diagonal.mean())
+    h = h.at[jnp.diag_indices_from(h)].set(diagonal + damp * mean)
     h = h if order is None else h[order][:, order]
     lower = jnp.linalg.cholesky(h[::-1, ::-1])
     r = lower[::-1, ::-1]

@@ -31,8 +31,10 @@ def round_weight(
 ) -> Float[Array, "... out n"]:
     """The values on the grid, float32.
 
-    Gradients: w's passes where w is within the grid, and the range gets LSQ's (its equation 3,
-    over high) times 1 / sqrt(group * high). group: inputs that share a scale, None for a row.
+    Gradients: w's passes where its code is within the grid, and the range gets LSQ's (its equation
+    3, over high) times 1 / sqrt(group * high). Within is decided of the rounded code, as torch
+    does: the paper decides before rounding, which differs in the outer half step. group: inputs
+    that share a scale, None for a row.
     """
     x = _grouped(w, group)
     values: Any = _to_grid(x, format) if range is None else _to_learned_grid(x, range, format)

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from mud_puppy.kernels import Quantized
-from mud_puppy.weights.leaf import FakeQuant, Fp8, Int8Dynamic, Lora, is_weight
+from mud_puppy.weights.leaf import FakeQuant, Fp8, Int8Dynamic, Lora, base_of, is_weight
 
 Tree = Any
 
@@ -163,11 +163,13 @@ def partition(params: Tree) -> tuple[Tree, Tree]:
 
     With adapters in the tree, the outermost adapters train (a, b, magnitude), unless they are
     marked frozen, and the learned ranges of a `FakeQuant`, and all else is frozen; without any,
-    everything trains.
+    everything trains but codes.
     """
     leaves = jax.tree.leaves(params, is_leaf=is_weight)
-    if not any(isinstance(_under_rounding(leaf), Lora) for leaf in leaves):
-        return params, jax.tree.map(lambda x: None, params)
+    if not any(isinstance(under_rounding(leaf), Lora) for leaf in leaves):
+        floats = jax.tree.map(lambda w: _hole(w) if _coded(w) else w, params, is_leaf=is_weight)
+        codes = jax.tree.map(lambda w: w if _coded(w) else _hole(w), params, is_leaf=is_weight)
+        return floats, codes
     train = jax.tree.map(_train_part, params, is_leaf=is_weight)
     frozen = jax.tree.map(_frozen_part, params, is_leaf=is_weight)
     return train, frozen
@@ -180,7 +182,16 @@ def combine(train: Tree, frozen: Tree) -> Tree:
     )
 
 
-def _under_rounding(w: Any) -> Any:
+def _hole(w: Any) -> Any:
+    return jax.tree.map(lambda x: None, w)
+
+
+def _coded(w: Any) -> bool:
+    return isinstance(base_of(w), Quantized)
+
+
+def under_rounding(w: Any) -> Any:
+    """The weight or adapter that a `FakeQuant` rounds; any other leaf itself."""
     return w.base if isinstance(w, FakeQuant) else w
 
 

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mud_puppy.kernels import matmul, token_logps
 from mud_puppy.kernels.cross_entropy import xla
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 B, T, D, V = 2, 37, 16, 50
 
 
@@ -28,13 +29,6 @@ class Sum:
 @matmul.register(Sum)
 def _(w: Sum, x: Any) -> Any:
     return matmul(x, w.base) + matmul(x, w.part)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact_products():
-    """float32 on an NVIDIA card would be tf32."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -14,15 +14,9 @@ from mud_puppy.kernels import decode_attention, tuned
 from mud_puppy.kernels.attention import decode_pallas
 from tests.kernels import contract
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 call = inspect.unwrap(decode_attention)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact_products():
-    """float32 on an NVIDIA card would be tf32."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,15 +16,9 @@ from mud_puppy.kernels.formats import dequantize
 from mud_puppy.kernels.grouped_matmul import pallas, xla
 from tests.kernels import contract
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 call = inspect.unwrap(product)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact_products():
-    """float32 on an NVIDIA card would be tf32."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(autouse=True)

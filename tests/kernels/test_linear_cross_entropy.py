@@ -17,15 +17,9 @@ from mud_puppy.kernels.encode import quantize
 from mud_puppy.kernels.formats import dequantize
 from tests.kernels import contract
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 FIELDS = ("logp", "entropy", "lse", "mean")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact_products():
-    """float32 on an NVIDIA card would be tf32."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """quantized_matmul against float64: every format, 40 drawn shapes, its gradient, its places."""
 
-import contextlib
 import functools
 from dataclasses import replace
 
@@ -12,90 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mud_puppy.kernels import formats, matmul, target, token_logps
-from mud_puppy.kernels.encode import quantize
-from mud_puppy.kernels.formats import FORMATS, Quantized, dequantize
+from mud_puppy.kernels.formats import Quantized, dequantize
 from mud_puppy.kernels.quantized_matmul import plans, quantized_matmul
-from tests.kernels.contract import compiled, differences, tolerance
-
-BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
-encoded = jax.jit(quantize, static_argnames=("format", "group", "zero_points", "double"))
-
-
-def weight(out, size, format, *, minimum=False, seed=0, **options) -> Quantized:
-    rng = np.random.default_rng(seed)
-    if minimum:
-        codes = jnp.asarray(rng.integers(0, 16, (out, size)), jnp.uint8)
-        d, m = (jnp.asarray(rng.normal(size=(out, size // 32)), jnp.float16) for _ in range(2))
-        return formats.int4(codes, d, minimum=m)
-    return encoded(jnp.asarray(rng.normal(size=(out, size)), F32), format, **options)
-
-
-def inputs(rows, w, dtype, seed=0):
-    rng = np.random.default_rng(seed + 1)
-    x = jnp.asarray(rng.normal(size=(rows, w.shape[1])), dtype)
-    return x, jnp.asarray(rng.normal(size=(rows, w.shape[0])), dtype)
-
-
-def check(w, rows, dtype, implementation, seed=0):
-    """Forward and dx against the definition in float64."""
-    x, g = inputs(rows, w, dtype, seed)
-    with jax.default_matmul_precision("highest"):  # float32 on a GPU, not TF32
-        got = compiled(lambda x: quantized_matmul(x, w, implementation), (x,), g)
-    want = exact(w, x, g)
-    bound = tolerance(dtype, max(w.shape))
-    assert max(differences(got, want)) < bound
-    return got, want, bound
-
-
-def close(got, want):
-    """Equal but for the order of sums, which may depend on the number of rows."""
-    assert max(differences([got], [want])) < tolerance(got.dtype, 512)
-
-
-def exact(w, x, g):
-    values, x, g = defined(w), np.asarray(x, np.float64), np.asarray(g, np.float64)
-    return [x @ values.T, g @ values]
-
-
-def defined(w) -> np.ndarray:
-    """The weight in float64, by the table of formats.py's docstring."""
-    codes, scales = np.asarray(w.codes), np.asarray(w.scales)
-    if w.format in formats.PACKED:
-        codes = np.stack([codes >> 4, codes & 15], -1).reshape(w.shape)
-    if w.format in formats.FP8:
-        codes = codes.view(np.dtype(formats.FP8[w.format])).astype(np.float64)
-    if w.format == "mxfp4":
-        scales = 2.0 ** (scales.astype(np.float64) - 127)
-    if w.nested is not None:
-        absmax = np.repeat(np.asarray(w.nested), 256)[: scales.size].reshape(scales.shape)
-        scales = formats.dynamic_map()[scales] * absmax + np.asarray(w.offset)
-    tables = {"nf4": formats.NF4, "mxfp4": formats.E2M1}
-    values = tables[w.format][codes] if w.format in tables else codes.astype(np.float64)
-    values = values.astype(np.float64).reshape(w.shape[0], scales.shape[1], -1)
-    if w.zeros is not None:
-        values = values - np.asarray(w.zeros)[..., None]
-    elif w.format == "int4" and w.minimum is None:
-        values = values - 8
-    values = values * scales.astype(np.float64)[..., None]
-    if w.minimum is not None:
-        values = values + np.asarray(w.minimum, np.float64)[..., None]
-    return values.reshape(w.shape)
-
-
-CASES = {
-    **{format: {"format": format} for format in FORMATS},
-    "nf4 double": {"format": "nf4", "double": True},
-    "nf4 of 256": {"format": "nf4", "group": 256},
-    "int4 of 32": {"format": "int4", "group": 32},
-    "int4 of 128": {"format": "int4", "group": 128},
-    "int4 zero points": {"format": "int4", "zero_points": True},
-    "int4 zero points of 32": {"format": "int4", "group": 32, "zero_points": True},
-    "int4 minimum (Q4_1)": {"format": "int4", "minimum": True},
-    "int8 of 64": {"format": "int8", "group": 64},
-    "int8 tensor": {"format": "int8", "group": "tensor"},
-    "fp8 tensor": {"format": "fp8_e4m3fn", "group": "tensor"},
-    "fp8 of 128": {"format": "fp8_e5m2", "group": 128},
-}
+from tests.kernels.contract import compiled, differences
+from tests.kernels.quantized_products import (
+    BF16,
+    CASES,
+    F16,
+    F32,
+    check,
+    close,
+    encoded,
+    inputs,
+    weight,
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -113,76 +42,6 @@ def test_one_row_on_the_vector_units(case):
         served = ("fragment", "vector") if target.current().platform == "cuda" else ("vector",)
         assert not isinstance(plan, str) and plan.kernel in served
         check(w, 1, dtype, "pallas")
-
-
-FRAGMENTS = ("nf4", "nf4 double", "int4", "int4 zero points")
-
-
-def hopper():
-    """An H100's plans, for the interpreter where there is no card."""
-    card = target.current().platform == "cuda"
-    return contextlib.nullcontext() if card else target.use(target.Target("cpu", "sm90"))
-
-
-def by_fragments(w, rows, dtype, seed=0):
-    with hopper():
-        plan = plans.plan(inputs(rows, w, dtype)[0], w)
-        assert not isinstance(plan, str) and plan.kernel == "fragment"
-        return check(w, rows, dtype, "pallas", seed)
-
-
-@pytest.mark.parametrize(
-    "case, rows, dtype",
-    [
-        ("nf4", 1, BF16),
-        ("int4 zero points", 2, BF16),
-        ("nf4 double", 4, BF16),
-        ("int4", 8, F16),
-        ("nf4", 16, BF16),
-    ],
-)
-def test_few_rows_by_fragments(case, rows, dtype):
-    by_fragments(weight(48, 512, **CASES[case]), rows, dtype)
-
-
-@settings(derandomize=True, deadline=None, max_examples=5)
-@given(st.data())
-def test_drawn_shapes_by_fragments(data):
-    draw = data.draw
-    w = weight(
-        16 * draw(st.integers(1, 4)), 64 * draw(st.integers(1, 9)),
-        **CASES[draw(st.sampled_from(FRAGMENTS))], seed=draw(st.integers(0, 1000)),
-    )  # fmt: skip
-    by_fragments(w, draw(st.integers(1, 16)), BF16)
-
-
-@pytest.mark.parametrize("case", ["nf4 double", "int4 zero points"])
-def test_fragments_of_a_layer(case):
-    """The codes of one of a stack are read where they lie."""
-    layers = [weight(16, 128, seed=i, **CASES[case]) for i in range(2)]
-    stack = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-    x = inputs(3, layers[0], BF16)[0]
-    with hopper():
-        got, other = (
-            quantized_matmul(x, replace(stack, layer=jnp.int32(i)), "pallas") for i in (1, 0)
-        )
-    close(got, quantized_matmul(x, layers[1], "reference"))
-    assert float(jnp.abs(got - other).max()) > 1
-
-
-def test_wrong_codes_are_seen_by_fragments():
-    """The mutation partner: the bytes of a lane's two words in another order, the next scale."""
-    w = weight(32, 512, "int4")
-    _, want, bound = by_fragments(w, 3, BF16)
-    x, g = inputs(3, w, BF16)
-    rolled = jnp.roll(w.codes.reshape(32, -1, 8), 1, axis=2).reshape(w.codes.shape)
-    for wrong in (
-        Quantized(rolled, w.scales, format="int4"),
-        Quantized(w.codes, jnp.roll(w.scales, 1, axis=1), format="int4"),
-    ):
-        with hopper():
-            got = compiled(lambda x, w=wrong: quantized_matmul(x, w, "pallas"), (x,), g)
-        assert max(differences(got, want)) > 3 * bound
 
 
 @pytest.mark.parametrize("case", ["nf4", "int4 zero points", "int8", "fp8_e4m3fn"])

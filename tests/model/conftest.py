@@ -1,5 +1,7 @@
-"""Tiny random models: some made by transformers, whose logits ours must equal, one made here."""
+"""Tiny random models: some made by transformers, whose logits ours must equal, one made here; and
+folders of quantized ones, written by hand."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,18 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mud_puppy.export import save_hf
 from mud_puppy.model import abstract
+from mud_puppy.model.names import flatten, hf_names
+from mud_puppy.weights import is_weight
+from tests.tiny import SIZES
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+FIELDS = SIZES | {
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
+    "initializer_range": 0.02,  # the default: a GGUF file does not say it
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -32,7 +34,7 @@ def make_torch(family: str, **fields: Any) -> Any:
     import transformers
 
     name = CLASSES[family]
-    fields = SIZES | {"attn_implementation": "eager"} | fields
+    fields = FIELDS | {"attn_implementation": "eager"} | fields
     config = getattr(transformers, f"{name}Config")(**fields)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
@@ -77,10 +79,39 @@ def tokens() -> np.ndarray:
 def llama(tmp_path_factory: Any) -> Path:
     """The folder of a tiny llama, untied, float32, one file, made without torch. Read only."""
     folder = tmp_path_factory.mktemp("llama")
-    model, shapes = abstract(SIZES | {"model_type": "llama"})
+    model, shapes = abstract(FIELDS | {"model_type": "llama"})
     random = np.random.default_rng(1)
     params = jax.tree.map(
         lambda leaf: jax.numpy.asarray(0.25 * random.standard_normal(leaf.shape), "float32"), shapes
     )
     save_hf(model, params, folder, dtype=None)
     return folder
+
+
+@pytest.fixture
+def write_quantized(tmp_path: Path) -> Callable[..., None]:
+    """write_quantized(model, params, pack, config): `tmp_path` as transformers reads a llama.
+
+    pack(leaf) -> the tensors of one linear by suffix; config({module: leaf}) -> what config.json
+    says of them.
+    """
+
+    def write(model: Any, params: Any, pack: Callable, config: Callable) -> None:
+        tensors, quantized, leaves = {}, {}, flatten(params)
+        for path, names in hf_names(model.arch, params).items():
+            for i, name in enumerate(names):
+                leaf = leaves[path]
+                if path.startswith("layers/"):
+                    leaf = jax.tree.map(lambda x, i=i: x[i], leaf)
+                if not is_weight(leaf):
+                    tensors[name] = np.asarray(leaf)
+                    continue
+                module = name.removesuffix(".weight")
+                quantized[module] = leaf
+                tensors |= {f"{module}.{suffix}": x for suffix, x in pack(leaf).items()}
+        fields = json.loads(model.arch.config) | {"quantization_config": config(quantized)}
+        fields |= {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    return write

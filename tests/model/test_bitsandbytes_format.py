@@ -27,8 +27,7 @@ from mud_puppy.model.bitsandbytes_format import (
     read,
     suffixes,
 )
-from mud_puppy.model.names import flatten, hf_names
-from mud_puppy.weights import is_weight
+from mud_puppy.model.names import flatten
 
 SHAPE = (40, 1024)  # 640 blocks: two whole blocks of absmax and a part of one
 STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -239,30 +238,11 @@ def test_the_library_writes_the_same_bits(tmp_path: Path) -> None:
                 assert np.abs(absmax).max() <= 1 and np.mean(absmax != 0) < 1e-2
 
 
-def write(model: Any, params: Any, folder: Path, double: bool) -> None:
-    """A folder as transformers reads it, by hand."""
-    tensors, leaves = {}, flatten(params)
-    for path, names in hf_names(model.arch, params).items():
-        for i, name in enumerate(names):
-            leaf = leaves[path]
-            if path.startswith("layers/"):
-                leaf = jax.tree.map(lambda x, i=i: x[i], leaf)
-            if not is_weight(leaf):
-                tensors[name] = np.asarray(leaf)
-                continue
-            module = name.removesuffix(".weight")
-            tensors |= {f"{module}.{suffix}": x for suffix, x in pack(leaf).items()}
-    config = json.loads(model.arch.config) | {"architectures": ["LlamaForCausalLM"]}
-    config |= {"quantization_config": quantization_config(double, "float32", [])}
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("double", [False, True])
 def test_transformers_computes_our_logits(
-    double: bool, tied: bool, tiny: Any, tokens: Any, tmp_path: Path
+    double: bool, tied: bool, tiny: Any, tokens: Any, write_quantized: Any, tmp_path: Path
 ) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     source, float_logits = tiny("llama", tie_word_embeddings=tied, **sizes)
@@ -273,7 +253,7 @@ def test_transformers_computes_our_logits(
         return encode(w) if "proj" in jax.tree_util.keystr(path) else w
 
     params = jax.tree.map_with_path(change, params)
-    write(model, params, tmp_path, double)
+    write_quantized(model, params, pack, lambda modules: quantization_config(double, "float32", []))
     save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
     run(LOGITS, source, tmp_path, double)
     logits = load_file(tmp_path / "logits.safetensors")

@@ -1,25 +1,22 @@
-"""compressed-tensors: the bits by their definition, both ways; its config; the library's reading.
+"""compressed-tensors: the bits by their definition, both ways, and the library's reading.
 
 The slow tests need the extra `quant` (compressed-tensors).
 """
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import Quantized, dequantize, quantize
 from mud_puppy.model import load
-from mud_puppy.model.compressed_config import quantization_config, scheme_for
+from mud_puppy.model.compressed_config import quantization_config
 from mud_puppy.model.compressed_tensors import Scheme, pack, read, scheme_of, suffixes
-from mud_puppy.model.names import flatten, hf_names
-from mud_puppy.weights import Int8Dynamic, int8_dynamic, is_weight
+from mud_puppy.weights import Int8Dynamic, int8_dynamic
 
 RNG = np.random.default_rng(0)
 LEAVES = {
@@ -208,155 +205,20 @@ def test_formats_without_a_layout() -> None:
         scheme_of(quantize(weight(), "fp8", group=16))
 
 
-# --- config.json ---------------------------------------------------------------------------------
-
-INT4 = Scheme(4, 64, packed=True)
-W8A8 = Scheme(8, "row", activations="int8")
-FP8 = Scheme(8, "row", type="float")
-MXFP4 = Scheme(4, 32, packed=True, type="float")
-NAMES = [f"model.layers.{i}.{m}" for i in (0, 1) for m in ("mlp.up_proj", "self_attn.q_proj")]
-
-
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        INT4,
-        W8A8,
-        FP8,
-        MXFP4,
-        Scheme(8, "tensor"),
-        Scheme(8, "tensor", type="float"),
-        Scheme(4, 32, symmetric=False),
-    ],
-)
-def test_a_config_says_what_was_written(scheme: Scheme) -> None:
-    config = json.loads(json.dumps(quantization_config(dict.fromkeys(NAMES, scheme))))
-    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
-    assert {scheme_for(config, name) for name in NAMES} == {scheme}
-    assert scheme_for(config, "lm_head") is None
-    assert scheme_for(config, "model.embed_tokens") is None
-
-
-def test_a_mixed_config() -> None:
-    for last in (INT4, FP8, MXFP4):
-        given = dict(zip(NAMES, (INT4, W8A8, None, last), strict=True))
-        config = quantization_config(given)
-        assert config["format"] == "mixed-precision" and config["ignore"] == ["lm_head", NAMES[2]]
-        assert {name: scheme_for(config, name) for name in NAMES} == given
-    with pytest.raises(UserError, match="no module is quantized"):
-        quantization_config({"lm_head": None})
-
-
-def test_names_go_before_expressions_and_these_before_classes() -> None:
-    config = quantization_config({"a": INT4, "b": W8A8})
-    groups = config["config_groups"]
-    (four, eight) = (groups[g] for g in ("group_0", "group_1"))
-    four["targets"], eight["targets"] = ["Linear", "x.up"], ["re:.*[.]up"]
-    assert scheme_for(config, "x.down") == INT4 and scheme_for(config, "x.up") == INT4
-    assert scheme_for(config, "y.up") == W8A8
-    config["ignore"] = ["re:y[.]"]
-    assert scheme_for(config, "y.up.deep") is None and scheme_for(config, "x.y.up") == W8A8
-
-
-def changed(path: str, value: Any, scheme: Scheme = W8A8) -> dict:
-    config = json.loads(json.dumps(quantization_config({"a": scheme})))
-    *parents, name = path.split("/")
-    node = config
-    for parent in parents:
-        node = node[parent]
-    node[name] = value
-    return config
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        ("quantization_status", "frozen", "only compressed weights"),
-        ("kv_cache_scheme", {"num_bits": 8}, "has a kv_cache_scheme"),
-        ("config_groups/group_0", ["Linear"], "preset"),
-        ("config_groups/group_0/format", "nvfp4-pack-quantized", "format is 'nvfp4"),
-        ("config_groups/group_0/weights/type", "float", "weights is 'float'; supported: 'int'"),
-        ("config_groups/group_0/input_activations/type", "float", "are float8 a token"),
-        ("config_groups/group_0/weights/num_bits", 3, "num_bits is 3; supported: 4, 8"),
-        ("config_groups/group_0/weights/strategy", "block", "strategy is 'block'"),
-        ("config_groups/group_0/weights/actorder", "group", "actorder is 'group'"),
-        ("config_groups/group_0/weights/symmetric", False, "int8 weights symmetric"),
-        ("config_groups/group_0/input_activations/dynamic", False, "dynamic is False"),
-        ("config_groups/group_0/input_activations/strategy", "tensor", "strategy is 'tensor'"),
-        ("config_groups/group_0/output_activations", {"num_bits": 8}, "output_activations"),
-    ],
-)
-def test_what_is_not_read_is_refused(path: str, value: Any, message: str) -> None:
-    assert scheme_for(changed("ignore", []), "a") == W8A8
-    with pytest.raises(UserError, match=message):
-        scheme_for(changed(path, value), "a")
-
-
-GROUP = "config_groups/group_0"
-TOKENS = {"type": "float", "num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
-
-
-@pytest.mark.parametrize(
-    ("scheme", "path", "value", "message"),
-    [
-        (FP8, f"{GROUP}/input_activations", TOKENS, "input_activations are float8 a token"),
-        (FP8, f"{GROUP}/input_activations", TOKENS | {"type": "int"}, "are int8 a token"),
-        (MXFP4, f"{GROUP}/input_activations", TOKENS, "input_activations are float8 a token"),
-        (FP8, f"{GROUP}/weights/type", "int", "float-quantized weights is 'int'"),
-        (FP8, f"{GROUP}/weights/num_bits", 4, "float weights num_bits is 4; supported: 8"),
-        (FP8, f"{GROUP}/weights/strategy", "block", "float weights strategy is 'block'"),
-        (FP8, f"{GROUP}/weights/strategy", "group", "float weights strategy is 'group'"),
-        (FP8, f"{GROUP}/weights/symmetric", False, "float weights symmetric is False"),
-        (FP8, f"{GROUP}/format", "nvfp4-pack-quantized", "format is 'nvfp4-pack-quantized'"),
-        (FP8, f"{GROUP}/format", "mxfp8-quantized", "format is 'mxfp8-quantized'"),
-        (MXFP4, f"{GROUP}/weights/num_bits", 8, "packed float weights num_bits is 8; supported: 4"),
-        (MXFP4, f"{GROUP}/weights/group_size", 16, "group_size is 16; supported: 32"),
-        (MXFP4, f"{GROUP}/weights/strategy", "tensor_group", "strategy is 'tensor_group'"),
-    ],
-)
-def test_what_is_not_read_of_floats_is_refused(
-    scheme: Scheme, path: str, value: Any, message: str
-) -> None:
-    assert scheme_for(changed("ignore", [], scheme), "a") == scheme
-    with pytest.raises(UserError, match=message):
-        scheme_for(changed(path, value, scheme), "a")
-
-
-def test_naive_is_either_type() -> None:
-    assert scheme_for(changed(f"{GROUP}/format", "naive-quantized", FP8), "a") == FP8
-    assert scheme_for(changed(f"{GROUP}/format", "naive-quantized"), "a") == W8A8
-
-
 # --- the library ---------------------------------------------------------------------------------
-
-
-def write(model: Any, params: Any, folder: Any, packed: bool | None) -> None:
-    """A folder as transformers reads it, by hand."""
-    tensors, schemes = {}, {}
-    leaves = flatten(params)
-    for path, names in hf_names(model.arch, params).items():
-        for i, name in enumerate(names):
-            leaf = leaves[path]
-            if path.startswith("layers/"):
-                leaf = jax.tree.map(lambda x, i=i: x[i], leaf)
-            if not is_weight(leaf):
-                tensors[name] = np.asarray(leaf)
-                continue
-            module = name.removesuffix(".weight")
-            schemes[module] = scheme_of(leaf, packed)
-            own = pack(quantized(leaf), schemes[module])
-            tensors |= {f"{module}.{suffix}": x for suffix, x in own.items()}
-    config = json.loads(model.arch.config) | {"quantization_config": quantization_config(schemes)}
-    config |= {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "packed"), [case for case in CASES if case[1] is not False])
 def test_transformers_computes_our_logits(
-    kind: str, packed: bool | None, llama: Any, tiny: Any, tokens: Any, tmp_path: Any
+    kind: str,
+    packed: bool | None,
+    llama: Any,
+    tiny: Any,
+    tokens: Any,
+    write_quantized: Any,
+    tmp_path: Any,
 ) -> None:
     import torch
     from transformers import LlamaForCausalLM
@@ -374,7 +236,14 @@ def test_transformers_computes_our_logits(
         return jax.vmap(encode)(w) if "layers" in named and "proj" in named else w
 
     params = jax.tree.map_with_path(change, params)
-    write(model, params, tmp_path, packed)
+    write_quantized(
+        model,
+        params,
+        lambda leaf: pack(quantized(leaf), scheme_of(leaf, packed)),
+        lambda modules: quantization_config(
+            {name: scheme_of(leaf, packed) for name, leaf in modules.items()}
+        ),
+    )
     theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     if kind == "mxfp4":
         # The library decompresses it to bfloat16, which holds it exactly.

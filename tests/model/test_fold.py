@@ -5,30 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mud_puppy.model import abstract, init
 from mud_puppy.model.fold import STAGES, fold, shared, spread
-
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
+from tests.tiny import tiny_model
 
 
 def make(**fields):
     """A model of random norms and biases."""
-    model, _ = abstract(SIZES | fields, dtype="float32")
+    model, params = tiny_model(max_position_embeddings=64, **fields)
     rng = np.random.default_rng(0)
 
     def noise(x):
         return x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype) if x.ndim < 3 else x
 
-    return model, jax.tree.map(noise, init(model.arch, jax.random.key(0)))
+    return model, jax.tree.map(noise, params)
 
 
 def folded(model, params, stages, wrong=None):

@@ -127,7 +127,7 @@ def test_metadata_that_would_change_the_model_is_refused(
         load(write(tmp_path / "bad.gguf", llama, **fields))
 
 
-def test_another_architecture_is_refused(llama: Path, tmp_path: Path) -> None:
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bert.gguf"
     writer = gguf.GGUFWriter(path, "bert")
     writer.write_header_to_file()

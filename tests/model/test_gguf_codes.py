@@ -21,22 +21,20 @@ from mud_puppy.config import Config
 from mud_puppy.export import save_quantized
 from mud_puppy.kernels import Quantized, dequantize
 from mud_puppy.kernels.formats import swap_nibbles
-from mud_puppy.model import gguf_codes, init
+from mud_puppy.model import gguf_codes
 from mud_puppy.model.gguf import Encoded
 from mud_puppy.model.names import flatten, hf_names
 from mud_puppy.run.prepare import load_params
 from mud_puppy.weights import Scheme, is_weight, merge_quantized, quantizer
-from tests.kernels.test_quantized_matmul import check
+from tests.kernels.quantized_products import check
 from tests.model.test_gguf import gguf_name, permuted
+from tests.tiny import tiny_model
 
 SIZES = {
-    "model_type": "llama",
     "vocab_size": 259,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     "initializer_range": 0.1,
 }
@@ -69,8 +67,7 @@ def write(tmp_path_factory: Any) -> Callable[..., Path]:
 
     def make(kind: Any, tied: bool = False) -> Path:
         path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-        model, _ = mp.abstract(SIZES | {"tie_word_embeddings": tied})
-        params = init(model.arch, jax.random.key(0))
+        model, params = tiny_model(tie_word_embeddings=tied, **SIZES)
         writer = gguf.GGUFWriter(path, "llama")
         for key, value in FIELDS.items():
             writer.add_uint32(f"llama.{key}", value)

@@ -14,19 +14,14 @@ from safetensors.numpy import load_file, save_file
 
 from mud_puppy.export import save_hf
 from mud_puppy.kernels import dequantize
-from mud_puppy.model import abstract, init
 from mud_puppy.model.gptq_format import pack, quantization_config
 from mud_puppy.weights import is_weight
 from mud_puppy.weights.gptq import gptq, round_to_nearest, to_quantized
+from tests.tiny import tiny_model
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 64,
+FIELDS = {
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "initializer_range": 0.1,
 }
@@ -35,8 +30,7 @@ GROUP = 32
 
 def write(folder, bits, symmetric, fault=None):
     """Writes the model as GPTQ files; returns (model, params) with the same weights as leaves."""
-    model, _ = abstract(CONFIG, dtype="float32")
-    params = init(model.arch, jax.random.key(0))
+    model, params = tiny_model(**FIELDS)
     save_hf(model, params, folder, dtype="float32")
     tensors = load_file(folder / "model.safetensors")
 

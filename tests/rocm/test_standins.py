@@ -69,7 +69,7 @@ def test_the_hash_is_the_system_v_abis():
     assert standins.elf_hash("GLIBC_2.2.5") == 0x09691A75
 
 
-def test_a_library_asks_for_what_the_reader_says(tmp_path):
+def test_a_library_asks_for_what_the_reader_says():
     """The reader against this Python's own extension module of ctypes, which the linker made."""
     import _ctypes
 

@@ -1,30 +1,17 @@
 """A tiny llama with random params, and random packed batches for it."""
 
-import jax
 import numpy as np
 import pytest
-from transformers import LlamaConfig
 
-from mud_puppy.model.families import read_config
-from mud_puppy.model.module import build, init
+from tests.tiny import SIZES, tiny_model
 
-V, T = 64, 32
+V, T = SIZES["vocab_size"], 32
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """(model, params): 2 layers of 32, 4 heads, 2 kv heads, float32."""
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=V,
-        initializer_range=0.2,
-    )
-    arch = read_config(config)
-    return build(arch)[0], init(arch, jax.random.key(0))
+    return tiny_model()
 
 
 def random_batch(seed: int, accumulation: int, rows: int, examples: int = 2) -> dict:

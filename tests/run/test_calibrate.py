@@ -10,21 +10,17 @@ import pytest
 
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import Quantized, dequantize, matmul
-from mud_puppy.model import Inputs, abstract, axes, init
+from mud_puppy.model import Inputs, axes
 from mud_puppy.parallel import make_mesh, shardings
 from mud_puppy.run import calibrate, gptq_block
 from mud_puppy.run.calibrate import GptqOptions, quantize_gptq
 from mud_puppy.weights import add_lora, is_weight
 from mud_puppy.weights.gptq import gptq, round_to_nearest, to_quantized
+from tests.tiny import tiny_model
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
+FIELDS = {
     "intermediate_size": 32,  # so that few programs are compiled
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-    "initializer_range": 0.2,
 }
 MODELS = {
     "llama": {"model_type": "llama", "num_hidden_layers": 2},
@@ -49,8 +45,7 @@ OPTIONS = GptqOptions(group=16, act_order=False, clip=False)
 
 
 def make(name: str):
-    model, _ = abstract(SIZES | MODELS[name], dtype="float32")
-    params = init(model.arch, jax.random.key(0))
+    model, params = tiny_model(**FIELDS | MODELS[name])
     rng = np.random.default_rng(1)
     noise = lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype)  # noqa: E731
     # Norms that are not one and biases that are not zero.

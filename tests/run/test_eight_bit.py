@@ -10,17 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from transformers import LlamaConfig
 
 from mud_puppy.config import Config
-from mud_puppy.model import axes, build, init
-from mud_puppy.model.families import read_config
+from mud_puppy.model import axes
 from mud_puppy.parallel import make_mesh, shardings
 from mud_puppy.run import eight_bit
 from mud_puppy.run.checkpoint import Checkpoints
 from mud_puppy.run.eight_bit import scale_by_adam_8bit, scale_by_lion_8bit
 from mud_puppy.run.prepare import prepare
 from mud_puppy.weights import add_lora
+from tests.tiny import tiny_model
 
 V, T = 256, 32
 ADAM = optax.scale_by_adam(0.9, 0.999, 1e-8), scale_by_adam_8bit(0.9, 0.999, 1e-8)
@@ -30,17 +29,7 @@ LION = optax.scale_by_lion(0.9, 0.99), scale_by_lion_8bit(0.9, 0.99)
 @pytest.fixture(scope="module")
 def wide():
     """(model, params): a llama of 2 layers of 64, whose matrices are not small."""
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=V,
-        initializer_range=0.1,
-    )
-    arch = read_config(config)
-    return build(arch)[0], init(arch, jax.random.key(0))
+    return tiny_model(hidden_size=64, intermediate_size=128, vocab_size=V, initializer_range=0.1)
 
 
 def batch(seed: int, accumulation: int = 1, rows: int = 8) -> dict:

@@ -15,27 +15,19 @@ from mud_puppy.run.optimizer import make_optimizer
 from mud_puppy.run.schedule import schedule
 from mud_puppy.run.step import init_state, make_step
 from mud_puppy.weights import load_adapter, partition
+from tests.tiny import SIZES
 
 # peft asks transformers for a property that it has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-V, T, B, A, STEPS, WARMUP, RATE, CLIP, DECAY = 64, 24, 4, 2, 30, 5, 5e-3, 0.5, 0.01
+V, T, B, A, STEPS, WARMUP, RATE, CLIP, DECAY = SIZES["vocab_size"], 24, 4, 2, 30, 5, 5e-3, 0.5, 0.01
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=V,
-        initializer_range=0.2,
-    )
     path = tmp_path_factory.mktemp("tiny")
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).save_pretrained(path)
     return path
 
 

@@ -15,14 +15,10 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mud_puppy.model.families import read_config
 from mud_puppy.model.module import Model, build, init
+from tests.tiny import SIZES
 
-SIZES = {
+FIELDS = SIZES | {
     "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     # Wide logits, so that no argmax hangs on the last bit.
     "initializer_range": 0.3,
@@ -30,12 +26,12 @@ SIZES = {
     "bos_token_id": None,
 }
 CONFIGS = {
-    "llama": transformers.LlamaConfig(**SIZES),
-    "qwen2": transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
-    "mistral": transformers.MistralConfig(**SIZES, sliding_window=12),
+    "llama": transformers.LlamaConfig(**FIELDS),
+    "qwen2": transformers.Qwen2Config(**FIELDS, tie_word_embeddings=True),
+    "qwen3": transformers.Qwen3Config(**FIELDS, head_dim=16),
+    "mistral": transformers.MistralConfig(**FIELDS, sliding_window=12),
     "dynamic": transformers.LlamaConfig(
-        **{**SIZES, "max_position_embeddings": 48},
+        **{**FIELDS, "max_position_embeddings": 48},
         rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
     ),
 }

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.tiny import SIZES
+
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16), dtype=np.int32)
 
 
@@ -22,15 +24,7 @@ def base(tmp_path_factory: Any) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.25,
-    )
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": 3, "initializer_range": 0.25})
     folder = tmp_path_factory.mktemp("base")
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -10,14 +10,12 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from transformers import LlamaConfig
 
 import mud_puppy as mp
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import Quantized, dequantize, target
 from mud_puppy.kernels.fp8 import OCP, fp8_matmul, scale_of
-from mud_puppy.model import axes, build, init
-from mud_puppy.model.families import read_config
+from mud_puppy.model import axes
 from mud_puppy.parallel import make_mesh, shardings
 from mud_puppy.weights import (
     Fp8,
@@ -35,6 +33,7 @@ from mud_puppy.weights import (
     with_scales,
 )
 from mud_puppy.weights.fp8 import fp8_codes
+from tests.tiny import tiny_model
 
 H100 = target.Target("cuda", "sm90")
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (8, 16), dtype=np.int32))
@@ -48,17 +47,7 @@ def real(params):
 
 @pytest.fixture(scope="module")
 def tiny():
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        initializer_range=0.2,
-    )
-    arch = read_config(config)
-    return build(arch)[0], init(arch, jax.random.key(0))
+    return tiny_model()
 
 
 def leaves(params, kind):

@@ -139,6 +139,9 @@ def test_inputs_that_were_never_seen():
     h = h.at[5].set(0).at[:, 5].set(0)
     got = gptq(w, h, group=32, symmetric=False)
     assert (values(*got, 4)[:, 5] == 0).all() and np.isfinite(got[1]).all()
+    # Damping is a share of what was seen, whatever its unit.
+    same = gptq(w, h * 2.0**-30, group=32, symmetric=False)
+    assert np.array_equal(same[0], got[0]) and np.array_equal(same[1], got[1])
     zeros = jnp.zeros_like(w)
     assert (values(*gptq(zeros, h, group=32, symmetric=False), 4) == 0).all()
 

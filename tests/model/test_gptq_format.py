@@ -84,7 +84,7 @@ def test_there_and_back(bits, symmetric):
     want = to_quantized(codes, scales, zeros, bits, jnp.float32)
     assert isinstance(leaf, Quantized) and leaf.format == want.format
     np.testing.assert_array_equal(dequantize(leaf), dequantize(want))
-    for got, given in zip(unpack(leaf), (codes, scales, zeros), strict=True):
+    for got, given in zip(unpack(leaf, bits), (codes, scales, zeros), strict=True):
         if given is None and got is not None:  # int4 of fewer bits says its middle
             assert (got == 1 << (bits - 1)).all()
         else:
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(UserError, match=r"30 outputs do not fill .* multiple of 32"):
         pack(codes[:30], scales[:30], zeros[:30], 3)
     with pytest.raises(UserError, match="not nf4"):
-        unpack(Quantized(codes, scales, format="nf4"))
+        unpack(Quantized(codes, scales, format="nf4"), 4)
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,10 @@ def export_run(
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: no run is here (there is no config.yaml)")
     config = Config.load(folder / "config.yaml")
+    if config.method == "gptq":
+        raise UserError(f"{folder}: a run of method gptq has no checkpoints; its model is in gptq/")
     if merge and not config.adapts:
-        raise UserError(f"{folder}: a run of method full has no adapter to merge")
+        raise UserError(f"{folder}: a run of method {config.method} has no adapter to merge")
     mesh = make_mesh()  # the devices of here, which may not be those of the run
     with jax.set_mesh(mesh):
         model, params = load_params(config, mesh)

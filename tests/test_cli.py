@@ -338,7 +338,7 @@ def test_help_lists_keys_and_verbs(capsys):
         assert all(flag(key) in printed for key in KEYS)
 
 
-def test_module_form_without_importing_jax(tmp_path):
+def test_module_form_without_importing_jax():
     code = (
         "import sys; from mud_puppy.cli import main; code = main(['m', 'd', '--lora-rr', '1']);"
         "assert not {'jax', 'numpy', 'transformers'} & set(sys.modules); sys.exit(code)"

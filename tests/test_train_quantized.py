@@ -64,9 +64,8 @@ def test_a_merged_model_in_codes(run):
         method="qlora", quant_backend="int8", merge_lora=True, merge_precision="int8"
     )
     model, params = mp.load(result.output / "merged", dtype="float32")
-    assert all(
-        w.format == "int8" for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)
-    )
+    codes = [w for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)]
+    assert [w.format for w in codes] == 7 * ["int8"]
     loss = losses(lines, "eval_loss_merged_int8")[-1]
     assert 0 < abs(loss - losses(lines, "eval_loss_with_its_adapter")[-1]) < 0.05
     merged = model(mp.merge_lora(result.params), TOKENS)

@@ -222,6 +222,12 @@ def test_an_evaluation_set_is_measured(keys):
     assert abs(np.exp(found["eval_loss"]) - found["eval_perplexity"]) < 1e-3
 
 
+def test_there_is_no_checkpoint_to_export(keys, tmp_path, capsys):
+    out = mp.train(keys | {"gptq_samples": 2}).output
+    assert main(["export", str(out), "--output", str(tmp_path / "e")]) == 2
+    assert "its model is in gptq/" in capsys.readouterr().err
+
+
 def test_the_recipe_runs(keys):
     recipe = Path(__file__).parents[2] / "configs" / "gptq.yaml"
     changes = {name: v for name, v in keys.items() if name not in ("precision", "gptq_samples")}

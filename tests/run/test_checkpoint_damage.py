@@ -186,7 +186,9 @@ for step in itertools.count((start or 0) + 1):
 
 
 def test_killed_at_any_moment_leaves_a_usable_checkpoint_and_no_partial_one(tmp_path):
-    rng = random.Random(time.time_ns())
+    seed = time.time_ns()
+    print("seed", seed)
+    rng = random.Random(seed)
     newest = 0
     renames, removals = rng.randrange(2, 12), rng.randrange(2, 60)
     moments = [("", -1)] * 3 + [("os.rename", renames), ("os.remove", removals)]

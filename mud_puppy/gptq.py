@@ -166,7 +166,7 @@ def _write(
         (folder / "quantize_config.json").write_text(text)
     except OSError as error:
         raise UserError(f"{folder}: the model cannot be written: {error}") from None
-    layout = gptq_writer(options.bits, config)
+    layout = gptq_writer(config)
     save_quantized(model, codes, folder, dtype, tokenizer, layout=layout)
     shutil.rmtree(folder / _UNFINISHED)
 

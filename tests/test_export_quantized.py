@@ -80,7 +80,7 @@ def test_gptq_files(llama, tmp_path):
     model, params = llama
     q = mp.quantize(params, "int4", group=32)
     config = quantization_config(4, 32, True, False, 0.01)
-    save_quantized(model, q, tmp_path, "float32", layout=gptq_writer(4, config))
+    save_quantized(model, q, tmp_path, "float32", layout=gptq_writer(config))
     again, read = mp.load(tmp_path, dtype="float32")
     up, want = (p["layers"][0][0]["mlp"]["up_proj"]["weight"] for p in (read, q))
     assert np.array_equal(up.codes, want.codes)

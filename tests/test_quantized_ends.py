@@ -69,7 +69,7 @@ def test_codes_of_other_bits_or_groups_are_not_written_as_gptq(tmp_path):
         (mp.quantize(params, "int8", group=16), 4, 16, "int8 codes, not codes of 4 bits"),
         (mp.quantize(params, "int4", group=16), 4, 8, "groups of 16, where .* group_size is 8"),
     ):
-        layout = gptq_writer(bits, quantization_config(bits, group, True, True, 0.01))
+        layout = gptq_writer(quantization_config(bits, group, True, True, 0.01))
         with pytest.raises(mp.UserError, match=words):
             save_quantized(model, codes, tmp_path / "q", layout=layout)
 

@@ -217,8 +217,9 @@ def unpack(codes: UInt8[Array, "... bytes"]) -> UInt8[Array, "... n"]:
     return ((codes[..., None] >> shift) & 15).reshape(*codes.shape[:-1], -1)
 
 
-def swap_nibbles(codes: UInt8[Array, "..."]) -> UInt8[Array, "..."]:
-    """Between the high nibble first (ours, bitsandbytes') and the low one first (gpt-oss')."""
+def swap_nibbles(codes: Any) -> Any:
+    """Between the high nibble first (ours, bitsandbytes') and the low one first (gpt-oss'): uint8
+    of jax or numpy."""
     return (codes << 4) | (codes >> 4)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import Quantized
 from mud_puppy.kernels.formats import NESTED, NF4, dynamic_map
+from mud_puppy.model.tensors import checked
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what its kernels are compiled for
 _STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -94,9 +95,9 @@ def read(tensors: Mapping[str, np.ndarray], shape: tuple[int, int], dtype: Any) 
         if state.get("nested_blocksize") != NESTED:
             raise UserError(f"nested_blocksize is {state.get('nested_blocksize')}, not {NESTED}")
         _check_map(tensors, "weight.nested_quant_map", dynamic_map())
-        absmax = _checked(tensors, "weight.nested_absmax", -(-blocks // NESTED), np.float32)
+        absmax = checked(tensors, "weight.nested_absmax", (-(-blocks // NESTED),), np.float32)
         nested = {"nested": absmax, "offset": np.array(state["nested_offset"], np.float32)}
-    scales = _checked(tensors, "weight.absmax", blocks, np.uint8 if double else np.float32)
+    scales = checked(tensors, "weight.absmax", (blocks,), np.uint8 if double else np.float32)
     codes, scales = codes.reshape(out, -1), scales.reshape(out, -1)
     return Quantized(codes, scales, **nested, format="nf4", dtype=np.dtype(dtype))
 
@@ -146,14 +147,7 @@ def _state(tensor: np.ndarray) -> dict[str, Any]:
 
 
 def _check_map(tensors: Mapping[str, np.ndarray], name: str, values: np.ndarray) -> None:
-    if not np.allclose(_checked(tensors, name, len(values), np.float32), values, rtol=0, atol=1e-6):
+    if not np.allclose(
+        checked(tensors, name, (len(values),), np.float32), values, rtol=0, atol=1e-6
+    ):
         raise UserError(f"{name} is not bitsandbytes' own: codes of other values are not read")
-
-
-def _checked(tensors: Mapping[str, np.ndarray], name: str, size: int, dtype: type) -> np.ndarray:
-    tensor, kind = np.asarray(tensors[name]), np.dtype(dtype)
-    if tensor.shape != (size,) or tensor.dtype != kind:
-        raise UserError(
-            f"{name} is {tensor.dtype.name}{list(tensor.shape)}, expected {kind.name}[{size}]"
-        )
-    return tensor

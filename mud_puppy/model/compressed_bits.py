@@ -1,12 +1,7 @@
 """Codes 0..2^bits - 1 as compressed-tensors stores them, and back, in numpy: signed integers, int32
-words of consecutive bits, and bytes of two."""
-
-from collections.abc import Mapping
-from typing import Any
+words of consecutive bits."""
 
 import numpy as np
-
-from mud_puppy.errors import UserError
 
 
 def signed(codes: np.ndarray, offset: int) -> np.ndarray:
@@ -39,21 +34,3 @@ def unpack_words(stored: np.ndarray, bits: int, n: int) -> np.ndarray:
     if bits == 4:
         codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
     return codes[:, :n]
-
-
-def swap_pairs(pairs: np.ndarray) -> np.ndarray:
-    """uint8 of two codes, from the first in the high nibble (ours) to the low one, and back."""
-    return (pairs << 4) | (pairs >> 4)
-
-
-def checked(
-    tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: Any = None
-) -> np.ndarray:
-    """The tensor of that name; UserError for another shape, or dtype where one is given."""
-    tensor = np.asarray(tensors[name])
-    if tensor.shape != shape or dtype not in (None, tensor.dtype):
-        kind = "" if dtype is None else np.dtype(dtype).name
-        raise UserError(
-            f"{name} is {tensor.dtype.name}{list(tensor.shape)}, expected {kind}{list(shape)}"
-        )
-    return tensor

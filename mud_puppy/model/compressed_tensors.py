@@ -22,15 +22,15 @@ import numpy as np
 
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import Quantized
+from mud_puppy.kernels.formats import swap_nibbles
 from mud_puppy.model.compressed_bits import (
-    checked,
     pack_words,
     signed,
-    swap_pairs,
     unpack_words,
     unsigned,
     words,
 )
+from mud_puppy.model.tensors import checked
 from mud_puppy.weights import Int8Dynamic
 
 _FORMATS = {
@@ -99,7 +99,7 @@ def pack(q: Quantized, scheme: Scheme) -> dict[str, np.ndarray]:
     if scheme.type == "int":
         tensors |= _pack_integers(q, scheme)
     elif scheme.packed:
-        tensors["weight_packed"] = swap_pairs(codes)
+        tensors["weight_packed"] = swap_nibbles(codes)
     else:
         tensors["weight"] = codes.view(ml_dtypes.float8_e4m3fn)
     return {name: np.ascontiguousarray(tensors[name]) for name in suffixes(scheme)}
@@ -124,7 +124,7 @@ def read(
         codes, zeros = _read_integers(tensors, shape, scheme, rows)
     elif scheme.packed:
         format = "mxfp4"
-        codes = swap_pairs(checked(tensors, "weight_packed", (out, size // 2), np.uint8))
+        codes = swap_nibbles(checked(tensors, "weight_packed", (out, size // 2), np.uint8))
     else:
         format = "fp8_e4m3fn"
         codes = checked(tensors, "weight", shape, ml_dtypes.float8_e4m3fn).view(np.uint8)

@@ -208,12 +208,12 @@ def _is_nf4(w: Any) -> bool:
     return isinstance(w, Quantized) and w.format == "nf4"
 
 
-def gptq_writer(bits: int, config: dict[str, Any]) -> Writer:
+def gptq_writer(config: dict[str, Any]) -> Writer:
     """GPTQ's layout for the int4 and int8 leaves of `weights.gptq`; config: that of
     `gptq_format.quantization_config`. Packing is a UserError for leaves of other bits or groups."""
 
     def pack(w: Any) -> Arrays:
-        asked = config["group_size"]
+        bits, asked = config["bits"], config["group_size"]
         if w.group != (w.shape[-1] if asked == -1 else asked):
             raise UserError(f"GPTQ: groups of {w.group}, where the config's group_size is {asked}")
         return gptq_format.pack(*gptq_format.unpack(w, bits), bits)

@@ -7,11 +7,12 @@ Format: https://github.com/huggingface/safetensors (8 bytes of header length, JS
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -63,6 +64,19 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
         ) from None
     header.pop("__metadata__", None)
     return {name: _stored(path, 8 + size, name, entry) for name, entry in header.items()}
+
+
+def checked(
+    tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: Any = None
+) -> np.ndarray:
+    """The tensor of that name; UserError for another shape, or dtype where one is given."""
+    tensor = np.asarray(tensors[name])
+    if tensor.shape != shape or dtype not in (None, tensor.dtype):
+        kind = "" if dtype is None else np.dtype(dtype).name
+        raise UserError(
+            f"{name} is {tensor.dtype.name}{list(tensor.shape)}, expected {kind}{list(shape)}"
+        )
+    return tensor
 
 
 def check_float(tensor: Stored) -> None:

@@ -13,8 +13,11 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from mud_puppy.rocm import settings as _settings
+
 # transformers is used for configs and tokenizers; it need not tell that PyTorch is absent.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+_settings.at_import()  # JAX reads them when it starts the card
 
 if TYPE_CHECKING:
     from mud_puppy import kernels, losses

@@ -23,6 +23,7 @@ from mud_puppy.config.source import Given, convert_all, flag
 from mud_puppy.errors import UserError, nearest
 
 Keys = Mapping[str, dataclasses.Field]
+_CONFIG_HELP = "YAML file with any of the keys of a run"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,8 +88,14 @@ def _run_command(name: str, argv: list[str]) -> None:
     command = COMMANDS[name]
     given = _parse(command_parser(name, command), argv, command.positional)
     _show_log()
-    labelled = {key: Given(value, flag(key)) for key, value in given.items()}
-    command.run(command.keys(**convert_all(keys_of(command.keys), labelled)))
+    keys = keys_of(command.keys)
+    labelled = {key: Given(value, flag(key)) for key, value in given.items() if key in keys}
+    args = command.keys(**convert_all(keys, labelled))
+    if not command.of_config:
+        command.run(args)
+        return
+    rest = {key: value for key, value in given.items() if key not in keys}
+    command.run(args, rest.pop("config", {}), rest)
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -101,17 +108,22 @@ def train_parser() -> argparse.ArgumentParser:
         epilog=f"verbs:\n{verbs}",
     )
     parser.add_argument("--version", action="version", version=f"mud-puppy {_version()}")
-    parser.add_argument("--config", metavar="C", help="YAML file with any of the keys below")
+    parser.add_argument("--config", metavar="C", help=_CONFIG_HELP)
     _add_keys(parser, KEYS, ("model", "dataset"))
     return parser
 
 
 def command_parser(name: str, command: Command) -> argparse.ArgumentParser:
-    """The parser of one verb: every key of its dataclass is one flag."""
+    """The parser of one verb: every key of its dataclass is one flag, and of a verb that looks at
+    a run, every key of Config too."""
     words = " ".join(word.upper() for word in command.positional)
     usage = f"mud-puppy {name} {words} [flags]"
     parser = _Parser(prog=f"mud-puppy {name}", usage=usage, description=command.keys.__doc__)
-    _add_keys(parser, keys_of(command.keys), command.positional)
+    if command.of_config:
+        parser.add_argument("--config", metavar="C", help=_CONFIG_HELP)
+    _add_keys(parser, keys_of(command.keys), () if command.of_config else command.positional)
+    if command.of_config:
+        _add_keys(parser, KEYS, command.positional)
     return parser
 
 

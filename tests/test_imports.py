@@ -8,7 +8,7 @@ import mud_puppy
 ROOT = Path(mud_puppy.__file__).parent
 ORDER = (
     "errors kernels rocm weights losses parallel model sampling run export results gptq train "
-    "commands cli".split()
+    "plan doctor commands cli".split()
 )
 ALONE = {"data": {"errors"}, "config": {"errors"}, "kernels": set(), "losses": set()}
 ALONE["rocm"] = {"errors", "kernels"}

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mud_puppy.commands.doctor import Doctor, run_doctor
 from mud_puppy.commands.measure import Eval, Preview, run_eval, run_preview
+from mud_puppy.commands.plan import Plan, run_plan
 from mud_puppy.commands.quantize import Quantize, run_quantize
 from mud_puppy.commands.talk import Chat, Generate, run_chat, run_generate
 from mud_puppy.commands.write import Export, Merge, run_export, run_merge
@@ -16,11 +18,15 @@ from mud_puppy.commands.write import Export, Merge, run_export, run_merge
 
 @dataclass(frozen=True)
 class Command:
-    """A verb: its keys, which of them may stand without a flag, and what it does."""
+    """A verb: its keys, which of them may stand without a flag, and what it does.
+
+    of_config: it also takes a run's config and every flag of it; run(keys, config, flags) then.
+    """
 
     keys: type
     positional: tuple[str, ...]
-    run: Callable[[Any], None]
+    run: Callable[..., None]
+    of_config: bool = False
 
     @property
     def help(self) -> str:
@@ -29,6 +35,7 @@ class Command:
 
 
 COMMANDS = {
+    "plan": Command(Plan, ("model", "dataset"), run_plan, of_config=True),
     "preview": Command(Preview, ("dataset",), run_preview),
     "merge": Command(Merge, ("model", "adapter"), run_merge),
     "eval": Command(Eval, ("model",), run_eval),
@@ -36,4 +43,5 @@ COMMANDS = {
     "export": Command(Export, ("run",), run_export),
     "generate": Command(Generate, ("model",), run_generate),
     "chat": Command(Chat, ("model",), run_chat),
+    "doctor": Command(Doctor, (), run_doctor),
 }

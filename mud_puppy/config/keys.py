@@ -247,6 +247,11 @@ class Config:
         "what the backward pass computes again: all, all (inputs on the host), ...",
         off="none",
     )
+    sequence_tile: int | None = _train(
+        None,
+        "tokens of a device's rows that projections and MLP take at a time; null: all",
+        AT_LEAST_1,
+    )
     eval_steps: int | None = _train(
         None, "updates between evaluations; null: at the end of an epoch", AT_LEAST_1, needs=_EVAL
     )
@@ -319,6 +324,11 @@ class Config:
     )
 
     mesh: str | None = _devices(None, "axes and sizes (null: fsdp over all local devices)", _MESH)
+    target: str | None = _devices(
+        None,
+        "AMD card that `mud-puppy plan` compiles for (7900xtx, mi300x), or cpu, gpu; null: what is "
+        "here. Training takes what is here",
+    )
     device_map: Literal["auto"] = _devices("auto", "auto: all local devices", needs=_NO_MESH)
 
     @property
@@ -336,14 +346,18 @@ class Config:
     def load(
         source: "Config | Mapping[str, Any] | str | os.PathLike",
         overrides: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> "Config":
         """The config from a YAML file or a mapping, with `overrides` (flags) on top.
+
+        defaults: of keys that have none and that the caller has no use for.
 
         Raises UserError, in one line that names file or flag, key and value, for an unknown or
         refused key, a bad value, a missing required key, or a key without effect.
         """
         base = source.to_dict() if isinstance(source, Config) else source
-        return _finish(from_source(base) | from_flags(overrides or {}))
+        unused = {name: Given(value, name) for name, value in (defaults or {}).items()}
+        return _finish(unused | from_source(base) | from_flags(overrides or {}))
 
     def to_dict(self) -> dict[str, Any]:
         """All keys that have an effect, as plain YAML values; `load` gives an equal Config."""
@@ -399,6 +413,11 @@ def _check_together(config: Config, given: dict[str, Given]) -> None:
             raise UserError(
                 f"{label}: {config.quant_backend} codes have no float8 products; use bf16, or "
                 "quant_backend fp8."
+            )
+        if config.sequence_tile is not None:
+            raise UserError(
+                f"{given['sequence_tile'].label}: float8 products take one scale for all tokens of "
+                "a batch, and a tile would change it; use bf16."
             )
         if config.quant_group is not None:
             raise UserError(

@@ -7,7 +7,15 @@ read_rows -> encode -> split -> Loader -> prefetch; preview_text shows what is t
 from mud_puppy.data.encoding import EncodeOptions, encode
 from mud_puppy.data.example import BadRows, Dataset, Example, Report, split
 from mud_puppy.data.formats import Chat, Row, Text, Turn, convert
-from mud_puppy.data.loader import Batch, Loader, batch_size_for, collate_sft, prefetch, row_length
+from mud_puppy.data.loader import (
+    Batch,
+    Loader,
+    batch_size_for,
+    collate_sft,
+    padded_length,
+    prefetch,
+    row_length,
+)
 from mud_puppy.data.packing import efficiency, pack
 from mud_puppy.data.preview import preview_text
 from mud_puppy.data.rows import Rows, read_rows
@@ -31,6 +39,7 @@ __all__ = [
     "efficiency",
     "encode",
     "pack",
+    "padded_length",
     "prefetch",
     "preview_text",
     "read_rows",

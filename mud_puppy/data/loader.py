@@ -125,7 +125,12 @@ def row_length(examples: Sequence[Example], max_seq_length: int, pack: bool) -> 
             f"{long.where} has {lengths.max()} tokens, above max_seq_length {max_seq_length}"
         )
     need = min(max_seq_length, int(lengths.sum())) if pack else int(lengths.max())
-    return -(-need // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return padded_length(need)
+
+
+def padded_length(tokens: int) -> int:
+    """The row length that holds so many tokens."""
+    return -(-tokens // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
 def batch_size_for(tokens_per_batch: int, length: int) -> int:

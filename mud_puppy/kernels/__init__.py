@@ -4,6 +4,7 @@ Imports nothing of ours. Arrays in, arrays out; bad shapes raise ValueError.
 """
 
 from mud_puppy.kernels.attention import decode_attention, flash_attention
+from mud_puppy.kernels.checks import selfchecks
 from mud_puppy.kernels.cross_entropy import linear_cross_entropy, token_logps
 from mud_puppy.kernels.encode import quantize
 from mud_puppy.kernels.formats import Quantized, dequantize
@@ -34,5 +35,6 @@ __all__ = [
     "quantized_layernorm",
     "quantized_matmul",
     "quantized_rmsnorm",
+    "selfchecks",
     "token_logps",
 ]

@@ -44,11 +44,13 @@ def call(
     num_warps: int,
     num_stages: int,
     name: str,
+    flops: int = 0,
 ) -> Callable[..., Any]:
     """`pallas_call` for the current target: arrays -> arrays of `out_shape`.
 
     `num_warps` is in warps of 32 threads on NVIDIA and RDNA, of 64 on CDNA. The grid has at most
     three dimensions; the first is the fastest. `name` is the kernel's in profiles and binaries.
+    `flops`: of its matrix products, two for each multiplication, for those who count (`plan`).
     """
     platform = target.current().platform
     renamed = functools.wraps(kernel)(lambda *refs: kernel(*refs))
@@ -63,6 +65,7 @@ def call(
         interpret=platform == "cpu",
         compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         name=name,
+        cost_estimate=pallas.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=0),
     )
 
     def in_32_bits(*args: Any) -> Any:

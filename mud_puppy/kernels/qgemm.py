@@ -26,6 +26,7 @@ from mud_puppy.kernels.matmul import matmul
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 OP = "qgemm"
+PALLAS, XLA = "qgemm's Pallas kernel", "XLA's product of int8"
 PART = 1024  # products of at most 2^14 sum to at most 2^24, which float32 counts exactly
 
 
@@ -126,7 +127,13 @@ def _refusal(a: Array, b: Array) -> str | None:
         return f"b is [{N}, {K}], not multiples of [16, 32]"
     if (long := pl.too_long(a, b)) is not None:
         return long
-    return selfcheck.fault("qgemm's Pallas kernel", functools.partial(_case, _pallas))
+    return selfcheck.fault(PALLAS, functools.partial(_case, _pallas))
+
+
+def selfchecks(name: str) -> list[tuple[str, selfcheck.Case]]:
+    """Cases that hold the implementation "pallas" or "xla" against exact sums."""
+    by_xla = (XLA, functools.partial(_case, _xla_int8))
+    return [(PALLAS, functools.partial(_case, _pallas)), by_xla] if name == "pallas" else [by_xla]
 
 
 def _case(product: Any) -> tuple[float, float]:
@@ -138,7 +145,7 @@ def _case(product: Any) -> tuple[float, float]:
 
 
 def _xla(a: Array, b: Array) -> Array:
-    fault = selfcheck.fault("XLA's product of int8", functools.partial(_case, _xla_int8))
+    fault = selfcheck.fault(XLA, functools.partial(_case, _xla_int8))
     if fault is None:
         return _xla_int8(a, b)
     choice.say(logging.WARNING, f"qgemm: {fault}; parts in bfloat16 serve instead")

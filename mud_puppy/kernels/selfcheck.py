@@ -9,11 +9,13 @@ from collections.abc import Callable
 
 from mud_puppy.kernels import target
 
+Case = Callable[[], tuple[float, float]]
+
 _faults: dict[str, str | None] = {}
 _lock = threading.Lock()
 
 
-def fault(name: str, case: Callable[[], tuple[float, float]]) -> str | None:
+def fault(name: str, case: Case) -> str | None:
     """Why the kernel `name` must not be used on this device, or None.
 
     `case()` runs the kernel and its reference on concrete arrays and returns (error, bound). It
@@ -30,13 +32,17 @@ def fault(name: str, case: Callable[[], tuple[float, float]]) -> str | None:
         return _faults[name]
 
 
-def _run(name: str, case: Callable[[], tuple[float, float]]) -> None:
+def judge(name: str, case: Case) -> str | None:
+    """What is wrong with a kernel by its case, run now; None where it agrees."""
     try:
         error, bound = case()
     except Exception as problem:  # whatever the compiler or the driver raises: it cannot be used
-        _faults[name] = f"{name} failed its self-check: {type(problem).__name__}: {problem}"
-        return
-    wrong = not error <= bound  # a NaN is wrong
-    _faults[name] = (
-        f"{name} failed its self-check: error {error:.2g}, allowed {bound:.2g}" if wrong else None
-    )
+        return f"{name} failed its self-check: {type(problem).__name__}: {problem}"
+    if error <= bound:
+        return None
+    # A NaN comes here too.
+    return f"{name} failed its self-check: error {error:.2g}, allowed {bound:.2g}"
+
+
+def _run(name: str, case: Case) -> None:
+    _faults[name] = judge(name, case)

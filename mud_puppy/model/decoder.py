@@ -19,6 +19,7 @@ from mud_puppy.kernels import decode_attention
 from mud_puppy.model.arch import Arch
 from mud_puppy.model.attention import attend
 from mud_puppy.model.rope import rope_tables, rotate
+from mud_puppy.model.tile import over_tiles
 from mud_puppy.parallel import split_batch, split_lookup
 from mud_puppy.weights import embed, linear, linears
 from mud_puppy.weights.tree import at_repeat, repeats, spans
@@ -54,13 +55,14 @@ class Cache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """What every layer reads and none changes."""
+    """What every layer reads and none changes. tile: see `tile.over_tiles`."""
 
     arch: Arch = field(metadata={"static": True})
     positions: Any
     segment_ids: Any
     cos: Any
     sin: Any
+    tile: int | None = field(default=None, metadata={"static": True})
 
 
 def make_cache(arch: Arch, batch: int, slots: int, dtype: Any) -> Cache:
@@ -75,9 +77,10 @@ def decode(
     cache: Cache | None,
     run_layers: Callable[..., tuple[Array, Cache | None]],
     dtype: Any = None,
+    tile: int | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Hidden states after the final norm, in `dtype` (None: the embedding's own), and the cache."""
-    x, context = begin(arch, params, inputs, dtype)
+    x, context = begin(arch, params, inputs, dtype, tile)
     for group, start in spans(params):
         windows = arch.windows[start : start + len(group)]
         layers = partial(_period, context, windows)
@@ -86,22 +89,22 @@ def decode(
 
 
 def begin(
-    arch: Arch, params: Tree, inputs: Inputs, dtype: Any = None
+    arch: Arch, params: Tree, inputs: Inputs, dtype: Any = None, tile: int | None = None
 ) -> tuple[Float[Array, "B T D"], Context]:
     """What the first layer reads, and what every layer does."""
     x = split_lookup(embed(params["embed"], inputs.tokens))
     if inputs.embeds is not None:
         given = inputs.embeds[jnp.maximum(inputs.embed_index, 0)].astype(x.dtype)
         x = jnp.where(inputs.embed_index[..., None] >= 0, given, x)
-    return split_batch(x if dtype is None else x.astype(dtype)), make_context(arch, inputs)
+    return split_batch(x if dtype is None else x.astype(dtype)), make_context(arch, inputs, tile)
 
 
-def make_context(arch: Arch, inputs: Inputs) -> Context:
+def make_context(arch: Arch, inputs: Inputs, tile: int | None = None) -> Context:
     positions = inputs.positions
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(inputs.tokens.shape[1]), inputs.tokens.shape)
     cos, sin = rope_tables(arch.rope, positions, inputs.segment_ids)
-    return Context(arch, positions, inputs.segment_ids, cos, sin)
+    return Context(arch, positions, inputs.segment_ids, cos, sin, tile)
 
 
 def scan_layers(
@@ -116,8 +119,9 @@ def scan_layers(
 
     remat, what the backward pass finds saved: "full": only each repeat's input; "offload": that in
     the host's memory; "attention": its attention output too; "projections": also q, k, v, gate and
-    up; "none": everything. With a cache there is no backward pass in mind, and codes of quantized
-    weights are read in place.
+    up; "none": everything. What runs in tiles is computed again in each case, from what these keep.
+    With a cache there is no backward pass in mind, and codes of quantized weights are read in
+    place.
     """
 
     def body(carry: Any, step: Any) -> tuple[Any, None]:
@@ -174,39 +178,42 @@ def run_block(
     cache: Cache | None,
     layer: Array,
 ) -> tuple[Array, Cache | None]:
-    """One layer of params p (not stacked); `layer` is its number, which the cache goes by."""
-    arch = context.arch
-    h = rms_norm(x, p["attn_norm"], arch.norm_eps)
-    h, cache = _attention(context, window, p["self_attn"], h, cache, layer)
-    x = x + h
-    x = x + _mlp(arch, p["mlp"], rms_norm(x, p["mlp_norm"], arch.norm_eps))
-    return split_batch(x), cache
+    """One layer of params p (not stacked); `layer` is its number, which the cache goes by.
 
-
-def _attention(
-    context: Context,
-    window: int | None,
-    p: Tree,
-    x: Array,
-    cache: Cache | None,
-    layer: Array,
-) -> tuple[Array, Cache | None]:
-    arch = context.arch
-    *lead, _ = x.shape
-    qkv = _modules(x, [p["q_proj"], p["k_proj"], p["v_proj"]])
-    q, k, v = (checkpoint_name(y, "qkv").reshape(*lead, -1, arch.head_dim) for y in qkv)
-    if "q_norm" in p:
-        q = rms_norm(q, p["q_norm"], arch.norm_eps)
-        k = rms_norm(k, p["k_norm"], arch.norm_eps)
-    q, k = (rotate(y, context.cos, context.sin) for y in (q, k))
+    With a tile and no cache, all but attention runs tile after tile.
+    """
+    tiled = partial(over_tiles, context.tile if cache is None else None)
+    before, after = partial(_to_attention, context.arch), partial(_from_attention, context.arch)
+    q, k, v = tiled(before, p, x, context.cos, context.sin)
     if cache is None:
         out = attend(q, k, v, context.segment_ids, window)
     else:
         cache = _write(cache, layer, context.positions, k, v)
         # The whole cache and a layer's number: a kernel reads the layer where it lies.
         out = decode_attention(q, cache.k, cache.v, context.positions, layer=layer, window=window)
+    return split_batch(tiled(after, p, x, out)), cache
+
+
+def _to_attention(
+    arch: Arch, p: Tree, x: Array, cos: Array, sin: Array
+) -> tuple[Float[Array, "B T H hd"], Float[Array, "B T K hd"], Float[Array, "B T K hd"]]:
+    x = rms_norm(x, p["attn_norm"], arch.norm_eps)
+    p = p["self_attn"]
+    qkv = _modules(x, [p["q_proj"], p["k_proj"], p["v_proj"]])
+    q, k, v = (checkpoint_name(y, "qkv").reshape(*x.shape[:-1], -1, arch.head_dim) for y in qkv)
+    if "q_norm" in p:
+        q = rms_norm(q, p["q_norm"], arch.norm_eps)
+        k = rms_norm(k, p["k_norm"], arch.norm_eps)
+    q, k = (rotate(y, cos, sin) for y in (q, k))
+    return q, k, v
+
+
+def _from_attention(
+    arch: Arch, p: Tree, x: Float[Array, "B T D"], out: Float[Array, "B T H hd"]
+) -> Float[Array, "B T D"]:
     # flash_attention names its residuals "attention" itself.
-    return _modules(out.reshape(*lead, -1), [p["o_proj"]])[0], cache
+    x = x + _modules(out.reshape(*x.shape[:-1], -1), [p["self_attn"]["o_proj"]])[0]
+    return x + _mlp(arch, p["mlp"], rms_norm(x, p["mlp_norm"], arch.norm_eps))
 
 
 def _write(cache: Cache, layer: Array, positions: Array, k: Array, v: Array) -> Cache:

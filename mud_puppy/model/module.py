@@ -30,13 +30,15 @@ class Model:
     """Hashable, holds no arrays, static under jit.
 
     dtype: what activations are computed in; None: the dtype of the embedding. source: the folder
-    that the model was read from (its tokenizer and generation_config go along at export).
+    that the model was read from (its tokenizer and generation_config go along at export). tile:
+    tokens that projections and MLP take at a time where there is no cache (`tile.over_tiles`).
     """
 
     arch: Arch
     skeleton: nnx.GraphDef
     dtype: str | None = None
     source: str | None = None
+    tile: int | None = None
 
     def __call__(
         self,
@@ -56,7 +58,7 @@ class Model:
         run_layers: Callable = scan_layers,
     ) -> tuple[Float[Array, "B T D"], Cache | None, dict[str, tuple[Array, Array]]]:
         """Hidden states after the final norm, the updated cache, and auxiliary sums by name."""
-        hidden, cache = decode(self.arch, params, inputs, cache, run_layers, self.dtype)
+        hidden, cache = decode(self.arch, params, inputs, cache, run_layers, self.dtype, self.tile)
         return hidden, cache, {}
 
 

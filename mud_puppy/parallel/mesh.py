@@ -3,7 +3,12 @@
 Both split the batch. Axes are Auto: arrays carry shardings, XLA inserts the collectives.
 """
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from mud_puppy.errors import UserError
@@ -11,25 +16,28 @@ from mud_puppy.errors import UserError
 AXES = ("data", "fsdp")
 
 
-def make_mesh(spec: str | None = None) -> Mesh:
-    """A mesh from "data=2,fsdp=4". None: every local device on fsdp. -1: the devices left over."""
-    count = len(jax.devices())
+def make_mesh(spec: str | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh from "data=2,fsdp=4". None: every device on fsdp. -1: the devices left over.
+
+    devices: those to take, None for all that JAX finds.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(spec, len(devices))
+    grid = np.array(devices[: math.prod(sizes)], object).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh_sizes(spec: str | None, count: int) -> tuple[int, int]:
+    """The sizes of AXES that `make_mesh` makes of `count` devices."""
     sizes = {"data": 1, "fsdp": -1} if spec is None else _parse(spec)
-    given = 1
-    for size in sizes.values():
-        given *= size if size > 0 else 1
+    given = math.prod(size for size in sizes.values() if size > 0)
     sizes = {axis: count // given if size < 0 else size for axis, size in sizes.items()}
-    used = sizes["data"] * sizes["fsdp"]
+    used = math.prod(sizes.values())
     if used > count or used == 0:
         raise UserError(
             f"mesh '{spec}' needs {max(used, given)} devices, {count} are here; make it smaller"
         )
-    return jax.make_mesh(
-        (sizes["data"], sizes["fsdp"]),
-        AXES,
-        axis_types=(AxisType.Auto,) * 2,
-        devices=jax.devices()[:used],
-    )
+    return sizes["data"], sizes["fsdp"]
 
 
 def _parse(spec: str) -> dict[str, int]:

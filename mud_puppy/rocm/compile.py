@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mud_puppy.errors import UserError
-from mud_puppy.rocm import plugin, standins, targets
+from mud_puppy.rocm import plugin, settings, standins, targets
 
 START_S = 300.0  # for importing JAX and loading the plugin's 500 MB, seldom more than five
 
@@ -34,23 +34,38 @@ class Unit:
     values) it returns (callable, positional arguments as jax.ShapeDtypeStruct trees), and may add a
     third: how often loops within a kernel's main loop run, where the source does not say. It is
     called and traced while `kernels.target` names the card. `options` are XLA's debug options.
+
+    With `devices` above 0 the function is given `devices=` as well, so many of the card (a list of
+    jax.Device that can be compiled for), and returns (traced, mesh, notes): a `jax.stages.Traced`
+    whose arguments are placed on them, the ambient mesh to lower it under, and JSON values that
+    come back with the result. Its kernels are not looked at.
     """
 
     function: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     card: str = "gfx1100"
     options: Mapping[str, Any] = field(default_factory=dict)
+    devices: int = 0
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of device memory that one call needs, as XLA planned it."""
+    """Bytes of memory that one call needs on each device, and on the host for it, as XLA planned.
+
+    `peak` is XLA's own estimate of what lives at once; what a device is asked for is `needed`.
+    """
 
     argument: int
     output: int
     alias: int
     temp: int
     peak: int
+    host: int
+
+    @property
+    def needed(self) -> int:
+        """Arguments, results that take no argument's place, and one block of temporaries."""
+        return self.argument + self.output - self.alias + self.temp
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,7 @@ class Compiled:
     memory: Memory
     kernels: tuple[Kernel, ...]  # in launch order; a loop's body stands here once
     seconds: float
+    notes: Any = None
 
 
 class CompileError(RuntimeError):
@@ -122,7 +138,8 @@ class Compiler:
             Kernel(**{**k, "grid": tuple(k["grid"]), "binary": self._path(k["binary"])})
             for k in answer["kernels"]
         ]
-        return Compiled(unit, Memory(**answer["memory"]), tuple(kernels), answer["seconds"])
+        memory = Memory(**answer["memory"])
+        return Compiled(unit, memory, tuple(kernels), answer["seconds"], answer.get("notes"))
 
     def _path(self, name: str | None) -> Path | None:
         return self._own / name if name else None
@@ -134,6 +151,7 @@ class Compiler:
                 "arguments": dict(unit.arguments),
                 "card": targets.card(unit.card).name,
                 "options": dict(unit.options),
+                "devices": unit.devices,
             }
         )
         if self._process is None:
@@ -164,8 +182,9 @@ class Compiler:
     def _start(self) -> None:
         # XLA's binaries tell nothing of who wanted them: no other worker's may lie beside them.
         self._own = Path(tempfile.mkdtemp(prefix="worker-", dir=self.folder))
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        environment = dict(os.environ)
         environment |= {
+            "XLA_FLAGS": " ".join(settings.FLAGS),  # what a run on the card has
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             "TF_ROCM_KEEP_XLA_TEMPFILES": "1",

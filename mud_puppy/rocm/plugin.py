@@ -28,7 +28,7 @@ def find(folder: Path | None = None) -> Path:
     found = next((library for place in places for library in place.glob(LIBRARY)), None)
     if found is None:
         where = f"in {named}" if named else "in this Python environment"
-        raise UserError(f"XLA's ROCm plugin is not {where}. Install it: {_command(named)}")
+        raise UserError(f"XLA's ROCm plugin is not {where}. Install it: {command(named)}")
     _check_version(found.parents[2], named)
     return found
 
@@ -40,11 +40,12 @@ def _check_version(place: Path, named: str | Path | None) -> None:
         raise UserError(
             f"the ROCm plugin in {place} is for jax {', '.join(sorted(versions))}, and jax "
             f"{version('jax')} runs here. Install its own in a folder of its own: "
-            f"{_command(named)}"
+            f"{command(named)}"
         )
 
 
-def _command(named: str | Path | None) -> str:
+def command(named: str | Path | None) -> str:
+    """What installs the plugin of this JAX, in the folder `named` or one of its own."""
     folder = shlex.quote(str(named or "rocm-plugin"))
     install = f"pip install --no-deps --target {folder} jax-rocm7-pjrt=={version('jax')}"
     return install if named else f"{install}, then set {VARIABLE}={folder}"

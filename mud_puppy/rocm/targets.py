@@ -75,6 +75,7 @@ ARCHITECTURES = {
     for a in (
         _rdna("gfx1100", None),
         _rdna("gfx1101", None),
+        _rdna("gfx1151", None),
         _rdna("gfx1201", "ocp"),
         _cdna("gfx90a", None),
         _cdna("gfx942", "fnuz"),
@@ -111,9 +112,9 @@ class Card:
         return self.architecture.lds_bytes_per_block
 
 
-def _radeon(name, arch, cus, gib, gb_s, tflops, mhz, l2_mib, page) -> Card:
+def _radeon(name, arch, cus, gib, gb_s, tflops, mhz, l2_mib, page, note="") -> Card:
     source = f"https://www.amd.com/en/products/{page}.html"
-    return _card(name, arch, cus, gib, gb_s, tflops, mhz, l2_mib, source)
+    return _card(name, arch, cus, gib, gb_s, tflops, mhz, l2_mib, source, note)
 
 
 def _instinct(name, arch, cus, gib, gb_s, tflops, mhz, l2_mib, page, note="") -> Card:
@@ -127,6 +128,7 @@ def _card(name, arch, cus, gib, gb_s, tflops, mhz, l2_mib, source, note="") -> C
 
 
 _DIE = "one of the card's two dies: HIP counts each as a device"
+_SHARED = "memory is the machine's own: with 128 GB of it, up to 96 GB can be given to the GPU"
 
 # The first card of an architecture is the one that the architecture's name alone means.
 CARDS = (
@@ -140,6 +142,8 @@ CARDS = (
             "graphics/workstations/radeon-pro/w7900"),
     _radeon("Radeon RX 7800 XT", "gfx1101", 60, 16, 624, 74.65, 2430, 4,
             "graphics/desktops/radeon/7000-series/amd-radeon-rx-7800-xt"),
+    _radeon("Radeon 8060S", "gfx1151", 40, 96, 256, 59.39, 2900, 2,
+            "processors/laptop/ryzen/ai-300-series/amd-ryzen-ai-max-plus-395", _SHARED),
     _radeon("Radeon RX 9070 XT", "gfx1201", 64, 16, 640, 195.0, 2970, 8,
             "graphics/desktops/radeon/9000-series/amd-radeon-rx-9070xt"),
     _radeon("Radeon AI PRO R9700", "gfx1201", 64, 32, 640, 191.0, 2920, 8,

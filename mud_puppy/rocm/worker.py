@@ -5,6 +5,7 @@ one line each. `compile.Compiler` is its only caller. Runs with JAX_PLATFORMS=cp
 is only ever asked to compile. What XLA and a unit print goes to stderr.
 """
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -88,13 +89,17 @@ class State:
         self.seen = set(folder.glob("*.hsaco"))
 
     def compile(
-        self, number: int, function: str, arguments: dict, card: str, options: dict
+        self, number: int, function: str, arguments: dict, card: str, options: dict, devices: int
     ) -> dict[str, Any]:
         chosen = targets.card(card)
         if chosen.arch != self.arch:
             jax.clear_caches()  # traces do not know of targets (kernels/target.py)
             self.arch = chosen.arch
         with target.use(target.Target("rocm", chosen.arch)):
+            if devices:
+                cards = _devices(chosen, devices)
+                traced, mesh, notes = resolve(function)(devices=cards, **arguments)
+                return _compile_traced(traced, mesh, notes, options)
             f, args, *passes = resolve(function)(**arguments)
             return self.compile_function(number, f, args, chosen, options, *passes)
 
@@ -160,7 +165,7 @@ class State:
                 self.binaries.setdefault((self.arch, min(given)), files[0])
 
 
-def resolve(function: str) -> Callable[..., tuple[Callable, tuple]]:
+def resolve(function: str) -> Callable[..., tuple[Any, ...]]:
     """ "package.module:name" or "path/file.py:name" -> the function."""
     where, _, name = function.rpartition(":")
     if not where or not name:
@@ -184,16 +189,28 @@ def _renamed(f: Callable, name: str) -> Callable:
     return call
 
 
-_meshes: dict[str, Mesh] = {}
+def _compile_traced(traced: Any, mesh: Mesh, notes: Any, options: dict) -> dict[str, Any]:
+    start = time.perf_counter()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = traced.lower(lowering_platforms=("rocm",))
+    compiled = lowered.compile(compiler_options=options)
+    seconds = time.perf_counter() - start
+    return {"memory": _memory(compiled), "kernels": [], "seconds": seconds, "notes": notes}
+
+
+@functools.cache
+def _devices(card: targets.Card, count: int) -> list[Any]:
+    topology = topologies.get_topology_desc(
+        f"{card.name} {count}",
+        "rocm",
+        target_config=targets.target_config(card),
+        topology=f"1x{count}x1",
+    )
+    return list(topology.devices)
 
 
 def _mesh(card: targets.Card) -> Mesh:
-    if card.name not in _meshes:
-        topology = topologies.get_topology_desc(
-            card.name, "rocm", target_config=targets.target_config(card), topology="1x1x1"
-        )
-        _meshes[card.name] = Mesh(np.array(topology.devices), ("card",))
-    return _meshes[card.name]
+    return Mesh(np.array(_devices(card, 1)), ("card",))
 
 
 def _on(mesh: Mesh, args: tuple) -> tuple:
@@ -312,6 +329,10 @@ def _memory(compiled: Any) -> dict[str, int]:
         "alias": stats.alias_size_in_bytes,
         "temp": stats.temp_size_in_bytes,
         "peak": stats.peak_memory_in_bytes,
+        "host": stats.host_argument_size_in_bytes
+        + stats.host_output_size_in_bytes
+        - stats.host_alias_size_in_bytes
+        + stats.host_temp_size_in_bytes,
     }
 
 

@@ -86,17 +86,10 @@ def _loader(
     data = encode(rows, tokenizer, options)
     for line in data.report.lines():
         log.warning("%s: %s", what, line)
-    batch_size = config.batch_size
+    length = row_length(data.examples, config.max_seq_length, config.pack_sequences)
+    batch_size = rows_of(config, length, batch_devices)
     if config.tokens_per_batch is not None:
-        length = row_length(data.examples, config.max_seq_length, config.pack_sequences)
-        batch_size = batch_size_for(config.tokens_per_batch, length)
-        batch_size = max(batch_devices, batch_size // batch_devices * batch_devices)
         log.info("tokens_per_batch: %d rows of %d a batch", batch_size, length)
-    if batch_size % batch_devices:
-        raise UserError(
-            f"batch_size {batch_size} rows cannot be split over {batch_devices} devices; "
-            f"make it a multiple of {batch_devices}, or name fewer devices with --mesh"
-        )
     train = what != "eval"
     loader = Loader(
         data.examples,
@@ -119,6 +112,19 @@ def _loader(
         100 * told["packing_efficiency"],
     )
     return loader
+
+
+def rows_of(config: Config, length: int, batch_devices: int) -> int:
+    """Rows of `length` tokens in each batch (an accumulation), over all devices."""
+    if config.tokens_per_batch is not None:
+        rows = batch_size_for(config.tokens_per_batch, length)
+        return max(batch_devices, rows // batch_devices * batch_devices)
+    if config.batch_size % batch_devices:
+        raise UserError(
+            f"batch_size {config.batch_size} rows cannot be split over {batch_devices} devices; "
+            f"make it a multiple of {batch_devices}, or name fewer devices with --mesh"
+        )
+    return config.batch_size
 
 
 def _check_fit(examples: Sequence[Example], config: Config, arch: Arch, tokenizer: Any) -> None:

@@ -86,7 +86,7 @@ def _muon(train: Tree) -> optax.GradientTransformation:
     )
 
 
-def _is_stack_of_matrices(path: tuple, x: jax.Array) -> bool:
+def _is_stack_of_matrices(path: tuple, x: Any) -> bool:
     """Not so the learned ranges of a `FakeQuant`, [n, out, groups]."""
     names = _names(path)
     return "layers" in names and x.ndim == 3 and names[-1] != "range"

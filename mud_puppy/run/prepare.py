@@ -25,7 +25,7 @@ from mud_puppy.run.loop import means
 from mud_puppy.run.methods import SFT, Method
 from mud_puppy.run.optimizer import make_optimizer
 from mud_puppy.run.schedule import schedule
-from mud_puppy.run.step import State, init_state, make_eval, make_step
+from mud_puppy.run.step import State, init_state, make_eval, make_loss, make_step
 from mud_puppy.weights import (
     Lora,
     Scheme,
@@ -88,7 +88,12 @@ def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
     )
     params = transformed(config, params)
     params = jax.device_put(params, shardings(mesh, axes(model.arch), params))
-    return replace(model, dtype=dtype), params
+    return computed(config, model), params
+
+
+def computed(config: Config, model: Model) -> Model:
+    """The model as the run computes it."""
+    return replace(model, dtype=DTYPES[config.precision], tile=config.sequence_tile)
 
 
 def transformed(config: Config, params: Tree) -> Tree:
@@ -184,16 +189,33 @@ def _set_dropout(params: Tree, rate: float) -> Tree:
     return jax.tree.map(change, params, is_leaf=is_weight)
 
 
-def prepare(
+@dataclass(frozen=True)
+class Program:
+    """What a run compiles, from params or from their shapes alone.
+
+    init(train) -> State, step(state, frozen, reference, batch) -> (state, metrics) and
+    evaluate(train, frozen, reference, batch) -> metrics are jitted; the first two give their first
+    argument's buffers away. `loss` is the step's own (`run.step.make_loss`), `places` the state's
+    shardings.
+    """
+
+    init: Any
+    step: Any
+    evaluate: Any
+    loss: Callable
+    places: State
+
+
+def program(
     config: Config,
     model: Model,
     params: Tree,
     mesh: Mesh,
     total_steps: int,
     method: Method = SFT,
-) -> Prepared:
-    """Optimizer state on the mesh and the jitted step; nothing is compiled yet."""
-    train, frozen = partition(params)
+) -> Program:
+    """The run's functions with their outputs pinned to the mesh; params may be shapes."""
+    train, _ = partition(params)
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
     rate = schedule(
         config.lr_scheduler,
@@ -213,21 +235,39 @@ def prepare(
         epsilon=config.adam_epsilon,
         loraplus_lr_ratio=config.loraplus_lr_ratio,
     )
-    start = partial(init_state, tx=tx, fp16=config.precision == "fp16")
-    key = jax.random.key((config.seed + 1) % 2**32)
-    places = _state_shardings(mesh, model, params, jax.eval_shape(start, train, key=key))
-    # Given away, because a second copy of what trains may not fit.
-    state = jax.jit(start, out_shardings=places, donate_argnums=0)(train, key=key)
+
+    def init(train: Tree) -> State:
+        key = jax.random.key((config.seed + 1) % 2**32)
+        return init_state(train, tx=tx, key=key, fp16=config.precision == "fp16")
+
+    places = _state_shardings(mesh, model, params, jax.eval_shape(init, train))
     run_layers = partial(scan_layers, remat=config.gradient_checkpointing)
-    step = jax.jit(
-        make_step(model, method, tx, rate, run_layers, config.max_grad_norm),
-        donate_argnums=0,
-        out_shardings=(places, replicated(mesh)),
+    step = make_step(model, method, tx, rate, run_layers, config.max_grad_norm)
+    return Program(
+        init=jax.jit(init, out_shardings=places, donate_argnums=0),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh))),
+        evaluate=jax.jit(make_eval(model, method, run_layers), out_shardings=replicated(mesh)),
+        loss=make_loss(model, method, run_layers),
+        places=places,
     )
-    evaluate = jax.jit(make_eval(model, method, run_layers), out_shardings=replicated(mesh))
+
+
+def prepare(
+    config: Config,
+    model: Model,
+    params: Tree,
+    mesh: Mesh,
+    total_steps: int,
+    method: Method = SFT,
+) -> Prepared:
+    """Optimizer state on the mesh and the jitted step; nothing is compiled yet."""
+    compiled = program(config, model, params, mesh, total_steps, method)
+    train, frozen = partition(params)
+    # Given away, because a second copy of what trains may not fit.
+    state = compiled.init(train)
 
     def one_step(state: State, batch: dict[str, np.ndarray]) -> tuple[State, Tree]:
-        return step(state, frozen, None, put_batch(batch, mesh))
+        return compiled.step(state, frozen, None, put_batch(batch, mesh))
 
     def whole_set(state: State, batches: Any) -> dict[str, float]:
         return on_batches(state.train, frozen, batches)
@@ -236,11 +276,11 @@ def prepare(
         return on_batches(params, jax.tree.map(lambda x: None, params), batches)
 
     def on_batches(train: Tree, frozen: Tree, batches: Any) -> dict[str, float]:
-        sums = [evaluate(train, frozen, None, put_batch(batch, mesh)) for batch in batches]
+        sums = [compiled.evaluate(train, frozen, None, put_batch(b, mesh)) for b in batches]
         return {f"eval_{name}": value for name, value in means(sums).items()}
 
     def lower(batch: dict[str, np.ndarray]) -> jax.stages.Lowered:
-        return step.lower(state, frozen, None, put_batch(batch, mesh))
+        return compiled.step.lower(state, frozen, None, put_batch(batch, mesh))
 
     return Prepared(model, state, frozen, one_step, whole_set, measure, lower)
 

@@ -70,16 +70,16 @@ def make_step(
     in fp16, loss_scale as (value, 1).
     """
 
+    loss = make_loss(model, method, run_layers)
+
     def step(state: State, frozen: Tree, reference: Tree, batch: Batch) -> tuple[State, Tree]:
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
         key = jax.random.fold_in(state.key, state.step)
         weight_sum = jnp.maximum(batch["weights"].sum(), 1e-6)
 
         def scaled_loss(train: Tree, micro: Batch, key: Array) -> tuple[Array, Tree]:
-            params = with_scales(with_dropout(combine(train, frozen), key))
-            scores = method.score(model, params, reference, micro, run_layers)
-            loss, metrics = method.loss(scores, micro, weight_sum)
-            return loss * scale, metrics
+            value, metrics = loss(train, frozen, reference, micro, key, weight_sum)
+            return value * scale, metrics
 
         grads, metrics = _accumulate(jax.grad(scaled_loss, has_aux=True), state.train, batch, key)
         grads = jax.tree.map(lambda g: g / scale, grads)
@@ -99,6 +99,20 @@ def make_step(
         return after, metrics | {name: (value, jnp.float32(1)) for name, value in extra.items()}
 
     return step
+
+
+def make_loss(model: Model, method: Method, run_layers: Callable) -> Callable:
+    """loss(train, frozen, reference, micro, key, weight_sum) -> (scalar, metrics) of a batch
+    [B, ...]."""
+
+    def loss(
+        train: Tree, frozen: Tree, reference: Tree, micro: Batch, key: Array, weight_sum: Array
+    ) -> tuple[Array, Tree]:
+        params = with_scales(with_dropout(combine(train, frozen), key))
+        scores = method.score(model, params, reference, micro, run_layers)
+        return method.loss(scores, micro, weight_sum)
+
+    return loss
 
 
 def make_eval(model: Model, method: Method, run_layers: Callable) -> Callable:

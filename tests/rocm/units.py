@@ -138,3 +138,8 @@ def fp8_linear(frozen: bool = True, emulated: bool = False, m: int = 2048, n: in
         return y, pull(g)
 
     return products, (x, coded if frozen else w, x)
+
+
+def plain_product(size: int = 512):
+    x = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
+    return (lambda x, y: x @ y), (x, x)

@@ -135,11 +135,29 @@ def _choose(implementation: str | None, q: Any, cache: Cache) -> str:
 def _fault(q: Any, cache: Cache) -> str | None:
     """What the self-check of the kernel for these dtypes and heads found."""
     D, codes = q.shape[-1], cache.k_scales is not None
-    name = f"decode_attention's kernel for {q.dtype} heads of {D}{', int8 cache' * codes}"
-    return selfcheck.fault(name, lambda: _case(q.dtype, D, codes))
+    return selfcheck.fault(_name(q.dtype, D, codes), lambda: _case(q.dtype, D, codes))
 
 
-def _case(dtype: Any, D: int, codes: bool) -> tuple[float, float]:
+def _name(dtype: Any, D: int, codes: bool) -> str:
+    return f"decode_attention's kernel for {dtype} heads of {D}{', int8 cache' * codes}"
+
+
+def selfchecks(name: str) -> list[tuple[str, selfcheck.Case]]:
+    """Cases that hold the implementation "pallas" or "xla" against the reference."""
+    of = jnp.dtype(jnp.bfloat16), 128
+    if name == "pallas":
+        return [
+            (_name(*of, codes), functools.partial(_case, *of, codes)) for codes in (False, True)
+        ]
+    plain = functools.partial(_case, *of, False, functools.partial(_plain, decode_xla.attention))
+    return [(f"decode_attention by XLA for {of[0]} heads of {of[1]}", plain)]
+
+
+def _pallas(q: Any, cache: Cache, positions: Any, sinks: Any, options: dict) -> Any:
+    return decode_pallas.attention(q, cache, positions, sinks=sinks, **options)
+
+
+def _case(dtype: Any, D: int, codes: bool, attend: Any = _pallas) -> tuple[float, float]:
     r = np.random.default_rng(0)
     B, T, H, K, S = 2, 2, 4, 2, 600
     q = jnp.asarray(r.normal(size=(B, T, H, D)), dtype)
@@ -151,7 +169,7 @@ def _case(dtype: Any, D: int, codes: bool) -> tuple[float, float]:
     positions = jnp.array([[598, 599], [100, 101]])
     options: dict[str, Any] = dict(window=300, scale=D**-0.5, softcap=None)
     # Arrays go in as arguments, or XLA would compute with them while it compiles.
-    run = jax.jit(lambda *args: decode_pallas.attention(*args, **options)[0])
+    run = jax.jit(lambda *args: attend(*args, None, options)[0])
     got = run(q, cache, positions)
     want = _plain(decode_reference.attention, q, cache, positions, None, options)[0]
     error = jnp.abs(got.astype(jnp.float32) - want.astype(jnp.float32)).max()

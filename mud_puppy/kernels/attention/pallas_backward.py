@@ -44,6 +44,7 @@ def d_queries(plan: Plan, inputs: dict[str, Any]) -> tuple[Any, Any]:
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
         name="attention_d_queries",
+        flops=2 * (2 * D + inputs["v"].shape[3]) * B * H * plan.pairs,
     )
     return tuple(run(*inputs.values()))
 
@@ -100,7 +101,10 @@ def d_keys_values(
     plan.transposed, q_t [B, H, D, T] and d_out_t [B, H, Dv, T] for k_t; if plan.chunk divides them,
     k_chunks and v_chunks.
     """
-    B, _, K, _ = inputs["k"].shape
+    B, _, K, D = inputs["k"].shape
+    _, _, H, Dv = inputs["d_out"].shape
+    # Scores, then d_out @ v.T for dk alone, then the products with queries and d_out.
+    width = D + (D + Dv) * ("k" in wanted) + Dv * ("v" in wanted)
     names = tuple(inputs)
 
     def kernel(*refs: Any) -> None:
@@ -116,6 +120,7 @@ def d_keys_values(
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
         name="attention_d_keys_values" if len(wanted) == 2 else f"attention_d_{wanted[0]}",
+        flops=2 * width * B * H * plan.pairs,
     )
     return tuple(run(*inputs.values()))
 

@@ -24,7 +24,7 @@ def forward(plan: Plan, inputs: dict[str, Any]) -> tuple[Any, Any]:
     k_ids [B, S] and plan.SEGMENTS [B, q_blocks].
     """
     q = inputs["q"]
-    B, T, H, _ = q.shape
+    B, T, H, D = q.shape
     Dv = inputs["v_t"].shape[2] if plan.transposed else inputs["v"].shape[3]
     names = tuple(inputs)
 
@@ -43,6 +43,7 @@ def forward(plan: Plan, inputs: dict[str, Any]) -> tuple[Any, Any]:
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
         name="attention_forward",
+        flops=2 * (D + Dv) * B * H * plan.pairs,
     )
     return tuple(run(*inputs.values()))
 

@@ -67,6 +67,14 @@ class Plan:
     def k_blocks(self) -> int:
         return -(-self.S // self.k_block)
 
+    @property
+    def pairs(self) -> int:
+        """Of queries and keys that see each other in one head of one row, segments aside."""
+        at = np.arange(self.T, dtype=np.int64) + self.shift + 1
+        high = np.minimum(at, self.S) if self.options.causal else self.S
+        low = 0 if self.options.window is None else np.maximum(at - self.options.window, 0)
+        return int(np.maximum(high - low + 0 * at, 0).sum())
+
     def columns(self, width: int) -> int:
         """How many columns of a head of that width a product reads at a time: a power of two."""
         return min(self.chunk, width & -width) or width

@@ -1,5 +1,6 @@
 """Which implementation of attention serves a call, said once in the log."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mud_puppy.kernels import choice, selfcheck, target, tuned
-from mud_puppy.kernels.attention import cudnn, flash, reference
+from mud_puppy.kernels.attention import cudnn, flash, reference, xla
 from mud_puppy.kernels.attention.plan import Options
 
 IMPLEMENTATIONS = ("pallas", "cudnn", "xla", "reference")
@@ -54,11 +55,23 @@ def _order(dtype: Any, packed: bool) -> tuple[str, ...]:
 def fault(q: Any, v: Any) -> str | None:
     """What the self-check of the kernels for these dtypes and widths of head found."""
     D, Dv = q.shape[-1], v.shape[-1]
-    name = f"attention kernels for {q.dtype} heads of {D}, {Dv}"
-    return selfcheck.fault(name, lambda: _case(q.dtype, D, Dv))
+    return selfcheck.fault(_name(q.dtype, D, Dv), lambda: _case(q.dtype, D, Dv))
 
 
-def _case(dtype: Any, D: int, Dv: int) -> tuple[float, float]:
+def _name(dtype: Any, D: int, Dv: int) -> str:
+    return f"attention kernels for {dtype} heads of {D}, {Dv}"
+
+
+def selfchecks(name: str) -> list[tuple[str, selfcheck.Case]]:
+    """Cases that hold the implementation "pallas" or "xla" against the reference."""
+    dtype = jnp.dtype(jnp.bfloat16)
+    if name == "pallas":
+        return [(_name(dtype, D, D), partial(_case, dtype, D, D)) for D in (64, 128)]
+    by_xla = partial(_case, dtype, 128, 128, xla.attention)
+    return [(f"attention by XLA for {dtype} heads of 128", by_xla)]
+
+
+def _case(dtype: Any, D: int, Dv: int, attend: Any = None) -> tuple[float, float]:
     """(error, bound) of outputs and gradients on packed rows with grouped heads."""
     r = np.random.default_rng(0)
     T, H, K = 320, 4, 2
@@ -74,7 +87,7 @@ def _case(dtype: Any, D: int, Dv: int) -> tuple[float, float]:
         out, pull = jax.vjp(f, *(x.astype(dtype) for x in (q, k, v)))
         return out, *pull(g.astype(dtype))
 
-    got = jax.jit(lambda: results(flash.attention, dtype))()
+    got = jax.jit(lambda: results(attend or flash.attention, dtype))()
     want = jax.jit(lambda: results(reference.attention, jnp.float32))()
     pairs = zip(got, want, strict=True)
     errors = [abs(a.astype(jnp.float32) - b).max() / abs(b).max() for a, b in pairs]

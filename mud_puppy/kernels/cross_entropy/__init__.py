@@ -194,11 +194,23 @@ def _declines(hidden: Any, head: Any) -> str | None:
 
 def _fault(dtype: Any) -> str | None:
     """What the self-check of the kernels for this dtype found."""
-    return selfcheck.fault(f"cross-entropy kernels for {dtype}", lambda: _case(dtype))
+    return selfcheck.fault(_name(dtype), lambda: _case(dtype))
 
 
-def _case(dtype: Any) -> tuple[float, float]:
-    """(error, bound) of values and gradients by both kernels."""
+def _name(dtype: Any) -> str:
+    return f"cross-entropy kernels for {dtype}"
+
+
+def selfchecks(name: str) -> list[tuple[str, selfcheck.Case]]:
+    """Cases that hold the implementation "pallas" or "xla" against the reference."""
+    dtype = jnp.dtype(jnp.bfloat16)
+    if name == "pallas":
+        return [(_name(dtype), partial(_case, dtype))]
+    return [(f"cross-entropy by XLA for {dtype}", partial(_case, dtype, xla))]
+
+
+def _case(dtype: Any, module: Any = pallas) -> tuple[float, float]:
+    """(error, bound) of values and gradients by an implementation."""
     r = np.random.default_rng(0)
     x, w = (jnp.asarray(r.normal(size=s) / 8, dtype) for s in ((1, 300, 256), (1000, 256)))
     y = jnp.asarray(r.integers(0, 1000, (1, 300)), jnp.int32)
@@ -215,7 +227,7 @@ def _case(dtype: Any) -> tuple[float, float]:
         return [slope, jax.grad(smooth)(x), *stats]
 
     # Arrays go in as arguments, or XLA would compute with them while it compiles.
-    got = jax.jit(partial(results, partial(_core, module=pallas, keep=True)))(x, w)
+    got = jax.jit(partial(results, partial(_core, module=module, keep=True)))(x, w)
     want = jax.jit(partial(results, reference.stats))(*(a.astype(jnp.float32) for a in (x, w)))
     pairs = zip(got, want, strict=True)
     errors = [abs(a.astype(jnp.float32) - b).max() / abs(b).max() for a, b in pairs]

@@ -148,6 +148,7 @@ def score(x: Any, w: Any, y: Any, shape: Shape, tiles: Tiles, write: bool = Fals
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         name="cross_entropy_score" + ("_write" if write else ""),
+        flops=2 * N * V * D,
     )
     return _Score(*run(x, w, y), *([] if write else [None]))
 
@@ -188,6 +189,7 @@ def slope(x: Any, w: Any, y: Any, weights: Any, shape: Shape, tiles: Tiles) -> A
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         name="cross_entropy_slope",
+        flops=2 * N * V * D,
     )
     return run(x, w, y, weights)
 

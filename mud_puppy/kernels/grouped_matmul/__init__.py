@@ -88,10 +88,22 @@ def _declines(x: Any, w: Any) -> str | None:
 
 def _fault(dtype: Any) -> str | None:
     """What the self-check of the kernels for this dtype found."""
-    return selfcheck.fault(f"grouped_matmul's kernels for {dtype}", lambda: _case(dtype))
+    return selfcheck.fault(_name(dtype), lambda: _case(dtype))
 
 
-def _case(dtype: Any) -> tuple[float, float]:
+def _name(dtype: Any) -> str:
+    return f"grouped_matmul's kernels for {dtype}"
+
+
+def selfchecks(name: str) -> list[tuple[str, selfcheck.Case]]:
+    """Cases that hold the implementation "pallas" or "xla" against the reference."""
+    dtype = jnp.dtype(jnp.bfloat16)
+    if name == "pallas":
+        return [(_name(dtype), partial(_case, dtype))]
+    return [(f"grouped_matmul by XLA for {dtype}", partial(_case, dtype, xla))]
+
+
+def _case(dtype: Any, module: Any = pallas) -> tuple[float, float]:
     """(error, bound) of the product and both gradients."""
     r = np.random.default_rng(0)
     x, w, g = (
@@ -104,7 +116,7 @@ def _case(dtype: Any) -> tuple[float, float]:
         return y, *pull(g.astype(y.dtype))
 
     # Arrays go in as arguments, or XLA would compute with them while it compiles.
-    got = jax.jit(partial(results, lambda x, w: _core(x, w, sizes, pallas)))(x, w)
+    got = jax.jit(partial(results, lambda x, w: _core(x, w, sizes, module)))(x, w)
     wide = (a.astype(jnp.float32) for a in (x, w))
     want = results(lambda x, w: reference.grouped(x, w, sizes), *wide)
     pairs = zip(got, want, strict=True)

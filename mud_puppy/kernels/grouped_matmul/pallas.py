@@ -103,6 +103,7 @@ def _call(x: Any, w: Any, bounds: Any, transpose: bool, tiles: Tiles) -> Any:
         num_warps=t.num_warps,
         num_stages=t.num_stages,
         name="grouped_matmul_d_x" if transpose else "grouped_matmul",
+        flops=2 * M * N * K,
     )
     return run(table, x, w)
 
@@ -126,6 +127,7 @@ def weight_gradient(x: Any, dy: Any, w: Any, sizes: Any, tiles: Tiles | None = N
         num_warps=t.num_warps,
         num_stages=t.num_stages,
         name="grouped_matmul_d_w",
+        flops=2 * x.size * N,
     )
     return run(jnp.stack([ends - sizes, ends], axis=1), x, dy)
 

@@ -71,6 +71,12 @@ def _refusal(x: Any, w: Quantized) -> str | None:
     """Why the Pallas kernel cannot serve the call."""
     if (split := choice.split_over_mesh(x, w)) is not None:
         return split
+    found = _check(x, w)
+    return found if isinstance(found, str) else selfcheck.fault(*found)
+
+
+def _check(x: Any, w: Quantized) -> tuple[str, selfcheck.Case] | str:
+    """The self-check of the kernel that x @ w.T would take, or why no kernel takes it."""
     plan = plans.plan(x, w)
     if isinstance(plan, str):
         return plan
@@ -78,11 +84,26 @@ def _refusal(x: Any, w: Quantized) -> str | None:
     parts += [f"group {plan.span}", plan.kernel]
     rows = {"vector": 1, "tile": 17}.get(plan.kernel, plan.x_rows)  # which this kernel serves
     name = " ".join(["quantized_matmul", w.format, *parts, f"x{rows}"])
-    return selfcheck.fault(name, functools.partial(_case, w, rows))
+    return name, functools.partial(_case, w, rows)
 
 
-def _case(w: Quantized, rows: int) -> tuple[float, float]:
-    """The kernel's largest error on a small product of this format, and what is allowed."""
+def selfchecks(name: str) -> list[tuple[str, selfcheck.Case]]:
+    """Cases that hold the implementation "pallas" or "xla" against the reference: a product of each
+    format, of one row (decoding) and of several. A format without a kernel on this card has none.
+    """
+    w = jnp.zeros((128, 512))
+    weights = [quantize(w, f) for f in ("nf4", "int4", "int8", "mxfp4", "fp8")]
+    if name == "xla":
+        cases = [functools.partial(_case, q, 17, "xla") for q in weights]
+        names = [f"quantized_matmul by XLA for {q.format}" for q in weights]
+        return list(zip(names, cases, strict=True))
+    xs = [jnp.zeros((rows, 512), jnp.bfloat16) for rows in (1, 17)]
+    found = [_check(x, q) for q in weights for x in xs]
+    return list(dict((check[0], check) for check in found if not isinstance(check, str)).values())
+
+
+def _case(w: Quantized, rows: int, implementation: str = "pallas") -> tuple[float, float]:
+    """The largest error on a small product of this format, and what is allowed."""
     keys = jax.random.split(jax.random.key(0))
     size = max(512, 2 * w.group) if w.scales.shape[-1] > 1 else 512
     x = jax.random.normal(keys[0], (rows, size), jnp.bfloat16)
@@ -93,7 +114,7 @@ def _case(w: Quantized, rows: int) -> tuple[float, float]:
     q = replace(q, scales=q.scales.astype(w.scales.dtype))
     if w.minimum is not None:
         q = replace(q, minimum=-8 * q.scales)
-    got, want = (_run(x, q, i).astype(jnp.float32) for i in ("pallas", "reference"))
+    got, want = (_run(x, q, i).astype(jnp.float32) for i in (implementation, "reference"))
     return float(jnp.abs(got - want).max()), 0.03 * float(jnp.abs(want).max())
 
 

@@ -47,6 +47,7 @@ def product(plan: Plan, x: Any, w: Quantized) -> Any:
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
         name=f"quantized_fragment_{w.format}",
+        flops=2 * M * N * K,
     )
     return run(*inputs.values())
 

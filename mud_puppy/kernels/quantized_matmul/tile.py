@@ -5,6 +5,7 @@ matrix instruction, so that its decoded numbers go from the decoder into it with
 and few rows of x waste least. Parts of K (`splits`) are summed by XLA in a fixed order.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ def product(plan: Plan, x: Any, w: Quantized) -> Any:
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
         name=f"quantized_matmul_{w.format}",
+        flops=2 * M * math.prod(w.shape),
     )
     out = run(*inputs.values())
     return out.sum(0).astype(x.dtype) if plan.splits > 1 else out[0]

@@ -5,6 +5,7 @@ are summed before its scale is applied, so that a weight costs its decoding and 
 all in float32.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ def product(plan: Plan, x: Any, w: Quantized) -> Any:
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
         name=f"quantized_vector_{w.format}",
+        flops=2 * math.prod(w.shape),
     )
     return run(*inputs.values())
 

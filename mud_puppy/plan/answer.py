@@ -1,0 +1,204 @@
+"""`plan`: a config and a place -> what its step needs, what would fit, a floor of its time."""
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mud_puppy.config import Config
+from mud_puppy.data import padded_length
+from mud_puppy.errors import UserError
+from mud_puppy.model import abstract
+from mud_puppy.model.load import stored_codes
+from mud_puppy.parallel import mesh_sizes
+from mud_puppy.plan.compilers import WORKERS, Built, Compile, compiler
+from mud_puppy.plan.places import Place, find_place
+from mud_puppy.plan.search import largest, length_grain
+from mud_puppy.plan.shapes import find_shape, shape_of
+from mud_puppy.plan.suggest import LONG, Changes, Suggestion, suggest, together
+from mud_puppy.run.datasets import rows_of
+from mud_puppy.sampling import context_length
+
+log = logging.getLogger("mud_puppy")
+MOST_ROWS = 1024  # no larger batch is looked for
+MOST_DEVICES = 8  # of a host
+LONG_ROW = 65536  # tokens: where the search for an offloaded row begins
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config's step needs at a place. Memory is of each device, tokens/s of all together.
+
+    rows, length: of the batch that was asked for. max_batch_size: the most rows of that length
+    found; max_seq_length: the longest row found with one row a device, up to the model's own
+    positions; max_seq_length_offloaded: the same with layer inputs on the host and tiles of the
+    sequence. All were compiled; 0: none fits, or none was looked for.
+    """
+
+    config: Config
+    place: Place
+    model: str
+    rows: int
+    length: int
+    built: Built
+    model_positions: int
+    max_batch_size: int = 0
+    max_seq_length: int = 0
+    max_seq_length_offloaded: int = 0
+    suggestions: tuple[Suggestion, ...] = ()
+    searched: bool = False
+
+    @property
+    def fits(self) -> bool:
+        return self.built.needed <= self.place.limit
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, all accumulations and devices together."""
+        return self.rows * self.length * self.config.gradient_accumulation
+
+    @property
+    def stretch(self) -> Changes:
+        """The keys that `max_seq_length_offloaded` changes."""
+        return together(self.config, self.place.devices, LONG)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes of each device by what they are for; they add up to `built.needed`."""
+        held = self.built.held
+        rest = self.built.needed - held.weights - held.adapter - held.optimizer
+        activations = min(held.activations, max(rest, 0))
+        return {
+            "weights": held.weights,
+            "adapter": held.adapter,
+            "optimizer": held.optimizer,
+            "activations": activations,
+            "temporaries": rest - activations,
+        }
+
+    @property
+    def floor_s(self) -> float | None:
+        """No step takes less: its products at the peak of all devices, or its memory traffic at
+        full bandwidth, whichever is longer. None where the peaks are not known."""
+        if self.place.flops is None or self.place.bandwidth is None:
+            return None
+        compute = self.built.flops / (self.place.flops * self.place.devices)
+        return max(compute, self.built.moved / self.place.bandwidth)
+
+    @property
+    def roofline_tokens_per_s(self) -> float | None:
+        return None if self.floor_s is None else self.tokens / self.floor_s
+
+
+def plan(
+    config: Config | Mapping[str, Any] | str | os.PathLike,
+    target: str | None = None,
+    *,
+    devices: int | None = None,
+    shape: str | None = None,
+    memory_gib: float | None = None,
+    search: bool = True,
+) -> Plan:
+    """Compiles the training step of `config` for `target` and says what it needs.
+
+    target: an AMD card ("7900xtx", "mi300x", "gfx1100"), "cpu" or "gpu" for the device at hand;
+    None: the config's `target`, else what is at hand. devices: how many of it. shape: a model of
+    `plan.shapes` instead of the config's. memory_gib: what a run may take of each device (None:
+    95 % of a card, what JAX's allocator gives of a device at hand). search: also find the largest
+    batch and the longest sequence, and what to change when the step does not fit.
+
+    Raises UserError for a config, model, card or compiler that cannot be had or does not compile.
+    """
+    read = Config.load(config)
+    if read.method == "gptq":
+        raise UserError("method gptq trains nothing, there is no step to plan")
+    if read.quant_backend == "stored" and read.method == "qlora":
+        raise UserError(
+            "quant_backend stored: a plan reads no weights; name the format of the codes"
+        )
+    place = find_place(target or read.target, devices, memory_gib)
+    place = replace(place, devices=math.prod(mesh_sizes(read.mesh, place.devices)))
+    source, name = _source(read, shape)
+    arch = abstract(source, trust_remote_code=read.trust_remote_code)[0].arch
+    most = context_length(arch)
+    rows, length = _size(read, place.devices)
+    if length > most:
+        raise UserError(f"max_seq_length {read.max_seq_length}: the model has {most} positions")
+    with compiler(place, source) as build:
+        built = _told(build, read, rows, length, place.devices)
+        found = Plan(read, place, name, rows, length, built, most)
+        return _searched(found, partial(_told, build)) if search else found
+
+
+def _size(config: Config, devices: int) -> tuple[int, int]:
+    """(rows, length) of a batch, when every row is filled."""
+    length = padded_length(config.max_seq_length)
+    return rows_of(config, length, devices), length
+
+
+def _told(build: Compile, config: Config, rows: int, length: int, devices: int) -> Built:
+    log.info("plan: compiling %d x %d tokens", rows, length)
+    return build(config, rows, length, devices)
+
+
+def _source(config: Config, shape: str | None) -> tuple[Any, str]:
+    """(what `model.abstract` takes, its name)"""
+    if shape is not None:
+        return find_shape(shape), shape
+    known = shape_of(config.model)
+    if known is not None and not Path(config.model).expanduser().exists():
+        return find_shape(known), f"{config.model} (shape {known})"
+    if layout := stored_codes(config.model, config.trust_remote_code):
+        raise UserError(
+            f"{config.model}: the weights are in codes ({layout}), which a plan does not know: "
+            "plan the model they were made from with method qlora"
+        )
+    return config.model, config.model
+
+
+def _searched(found: Plan, build: Compile) -> Plan:
+    count, limit, fixed = found.place.devices, found.place.limit, found.built.held.fixed
+
+    def needed(changes: Changes, devices: int, rows: int = 0, length: int = 0) -> int:
+        read = Config.load(found.config.to_dict() | changes)
+        usual = _size(read, devices)
+        size = (rows or usual[0], length or usual[1])
+        if not changes and (*size, devices) == (found.rows, found.length, count):
+            return found.built.needed
+        return build(read, *size, devices).needed
+
+    def longest(changes: Changes) -> int:
+        def of(length: int) -> int:
+            return needed(changes, count, count, length)
+
+        most = found.model_positions
+        first = min(most, LONG_ROW) if changes else found.length
+        return largest(of, limit, first, fixed, length_grain, most)
+
+    def most_rows() -> int:
+        def of(rows: int) -> int:
+            return needed({}, count, rows * count)
+
+        first, most = found.rows // count, MOST_ROWS // count
+        return count * largest(of, limit, first, fixed, lambda rows: 1, most)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        rows, length = pool.submit(most_rows), pool.submit(longest, {})
+        stretched = pool.submit(longest, found.stretch)
+        found = replace(
+            found,
+            searched=True,
+            max_batch_size=rows.result(),
+            max_seq_length=length.result(),
+            max_seq_length_offloaded=stretched.result(),
+        )
+    if found.fits:
+        return found
+    most = MOST_DEVICES if found.place.card else count
+    ideas = suggest(found.config, needed, limit, fixed, count, most)
+    return replace(found, suggestions=tuple(ideas))

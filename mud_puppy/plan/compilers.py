@@ -1,0 +1,114 @@
+"""Compile a config's step for a place: a card that is not here (XLA:ROCm, in a worker), or what is.
+
+Both give a `Built`: what XLA planned, and what of it has a name.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from queue import LifoQueue
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mud_puppy.config import Config
+from mud_puppy.errors import UserError
+from mud_puppy.parallel import make_mesh
+from mud_puppy.plan.places import Place
+from mud_puppy.plan.step import Held, build
+from mud_puppy.rocm.compile import CompileError, Compiler, Unit
+from mud_puppy.rocm.targets import Card
+
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Built:
+    """A compiled step: bytes on each device and on the host for it, and FLOP of all devices."""
+
+    needed: int
+    host: int
+    held: Held
+    flops: int
+    moved: int  # bytes that every step reads or writes at least once: arguments and results
+    seconds: float  # of tracing and compiling
+
+
+# compile(config, rows, length, devices): rows of an accumulation, over all devices.
+Compile = Callable[[Config, int, int, int], Built]
+
+
+@contextmanager
+def compiler(place: Place, source: Any) -> Iterator[Compile]:
+    """What compiles steps of the model `source` (as `model.abstract` takes it) for the place.
+
+    It may be called from WORKERS threads; a second worker starts when two steps are asked for at
+    once. The devices at hand compile one step at a time.
+    """
+    with ExitStack() as stack:
+        # The last one used is the first one taken: it has started.
+        idle: LifoQueue[Callable[..., Built]] = LifoQueue()
+        if place.card is None:
+            idle.put(_here)
+        else:
+            for _ in range(WORKERS):
+                idle.put(partial(_on_card, stack.enter_context(Compiler()), place.card))
+
+        def build(*step: Any) -> Built:
+            compile_step = idle.get()
+            try:
+                return compile_step(source, *step)
+            finally:
+                idle.put(compile_step)
+
+        yield build
+
+
+def _on_card(
+    worker: Compiler,
+    card: Card,
+    source: Any,
+    config: Config,
+    rows: int,
+    length: int,
+    devices: int,
+) -> Built:
+    arguments = {"config": config.to_dict(), "source": source, "rows": rows, "length": length}
+    unit = Unit(f"{__name__}:for_devices", arguments, card.name, devices=devices)
+    start = time.perf_counter()
+    try:
+        made = worker.compile(unit)
+    except CompileError as error:
+        raise UserError(f"the step does not compile for {card.name}: {error}") from error
+    seconds = time.perf_counter() - start
+    memory, notes = made.memory, made.notes
+    moved = memory.argument + memory.output
+    held = Held(**notes["held"])
+    return Built(memory.needed, memory.host, held, notes["flops"], moved, seconds)
+
+
+def for_devices(
+    devices: Sequence[Any], config: dict[str, Any], source: Any, rows: int, length: int
+) -> tuple[Any, Mesh, dict[str, Any]]:
+    """What `rocm.worker` compiles: (traced step, its mesh, notes)."""
+    read = Config.load(config)
+    mesh = make_mesh(read.mesh, devices)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        step = build(read, source, mesh, rows, length)
+    return step.traced, mesh, {"held": asdict(step.held), "flops": step.flops}
+
+
+def _here(source: Any, config: Config, rows: int, length: int, devices: int) -> Built:
+    start = time.perf_counter()
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        step = build(config, source, mesh, rows, length)
+        stats = step.traced.lower().compile().memory_analysis()
+    seconds = time.perf_counter() - start
+    moved = stats.argument_size_in_bytes + stats.output_size_in_bytes
+    needed = moved - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+    host = stats.host_temp_size_in_bytes
+    return Built(needed, host, step.held, step.flops, moved, seconds)

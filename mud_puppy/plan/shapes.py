@@ -1,0 +1,118 @@
+"""Published sizes of models by name, so that a plan needs no file and no network.
+
+Each is what the config.json of the hub repositories says, as far as memory depends on it. A
+repository named here is planned from this table; any other model from its own config.json.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mud_puppy.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Shape:
+    """hub: the repositories of this shape. fields: of config.json."""
+
+    hub: tuple[str, ...]
+    fields: dict[str, Any]
+
+
+def _shape(
+    family: str,
+    layers: int,
+    width: int,
+    mlp: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    positions: int,
+    tied: bool,
+    *hub: str,
+    head_dim: int | None = None,
+    theta: float = 1e4,
+) -> Shape:
+    fields = {
+        "model_type": family,
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim or width // heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": tied,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+    }
+    if family == "qwen2":
+        del fields["head_dim"]
+    return Shape(hub, fields)
+
+
+def _both(name: str) -> tuple[str, str]:
+    return name, f"{name}-Instruct"
+
+
+_LLAMA, _QWEN = "meta-llama/", "Qwen/"
+SHAPES = {
+    "smollm2-135m": _shape("llama", 30, 576, 1536, 9, 3, 49152, 8192, True,
+                           *_both("HuggingFaceTB/SmolLM2-135M"), theta=1e5),
+    "smollm2-1.7b": _shape("llama", 24, 2048, 8192, 32, 32, 49152, 8192, True,
+                           *_both("HuggingFaceTB/SmolLM2-1.7B"), theta=1.3e5),
+    "llama-3.2-1b": _shape("llama", 16, 2048, 8192, 32, 8, 128256, 131072, True,
+                           *_both(_LLAMA + "Llama-3.2-1B"), theta=5e5),
+    "llama-3.2-3b": _shape("llama", 28, 3072, 8192, 24, 8, 128256, 131072, True,
+                           *_both(_LLAMA + "Llama-3.2-3B"), theta=5e5),
+    "llama-3.1-8b": _shape("llama", 32, 4096, 14336, 32, 8, 128256, 131072, False,
+                           *_both(_LLAMA + "Llama-3.1-8B"), theta=5e5),
+    "llama-3.1-70b": _shape("llama", 80, 8192, 28672, 64, 8, 128256, 131072, False,
+                            *_both(_LLAMA + "Llama-3.1-70B"), _LLAMA + "Llama-3.3-70B-Instruct",
+                            theta=5e5),
+    "mistral-7b": _shape("mistral", 32, 4096, 14336, 32, 8, 32768, 32768, False,
+                         "mistralai/Mistral-7B-v0.3", "mistralai/Mistral-7B-Instruct-v0.3",
+                         theta=1e6),
+    "qwen2.5-0.5b": _shape("qwen2", 24, 896, 4864, 14, 2, 151936, 32768, True,
+                           *_both(_QWEN + "Qwen2.5-0.5B"), theta=1e6),
+    "qwen2.5-1.5b": _shape("qwen2", 28, 1536, 8960, 12, 2, 151936, 32768, True,
+                           _QWEN + "Qwen2.5-1.5B-Instruct", theta=1e6),
+    "qwen2.5-3b": _shape("qwen2", 36, 2048, 11008, 16, 2, 151936, 32768, True,
+                         *_both(_QWEN + "Qwen2.5-3B"), theta=1e6),
+    "qwen2.5-7b": _shape("qwen2", 28, 3584, 18944, 28, 4, 152064, 32768, False,
+                         _QWEN + "Qwen2.5-7B-Instruct", theta=1e6),
+    "qwen2.5-14b": _shape("qwen2", 48, 5120, 13824, 40, 8, 152064, 32768, False,
+                          _QWEN + "Qwen2.5-14B-Instruct", theta=1e6),
+    "qwen2.5-32b": _shape("qwen2", 64, 5120, 27648, 40, 8, 152064, 32768, False,
+                          _QWEN + "Qwen2.5-32B-Instruct", theta=1e6),
+    "qwen2.5-72b": _shape("qwen2", 80, 8192, 29568, 64, 8, 152064, 32768, False,
+                          _QWEN + "Qwen2.5-72B-Instruct", theta=1e6),
+    "qwen3-0.6b": _shape("qwen3", 28, 1024, 3072, 16, 8, 151936, 40960, True,
+                         _QWEN + "Qwen3-0.6B", head_dim=128, theta=1e6),
+    "qwen3-1.7b": _shape("qwen3", 28, 2048, 6144, 16, 8, 151936, 40960, True,
+                         _QWEN + "Qwen3-1.7B", head_dim=128, theta=1e6),
+    "qwen3-4b": _shape("qwen3", 36, 2560, 9728, 32, 8, 151936, 40960, True,
+                       _QWEN + "Qwen3-4B", head_dim=128, theta=1e6),
+    "qwen3-8b": _shape("qwen3", 36, 4096, 12288, 32, 8, 151936, 40960, False,
+                       _QWEN + "Qwen3-8B", head_dim=128, theta=1e6),
+    "qwen3-14b": _shape("qwen3", 40, 5120, 17408, 40, 8, 151936, 40960, False,
+                        _QWEN + "Qwen3-14B", head_dim=128, theta=1e6),
+    "qwen3-32b": _shape("qwen3", 64, 5120, 25600, 64, 8, 151936, 40960, False,
+                        _QWEN + "Qwen3-32B", head_dim=128, theta=1e6),
+}  # fmt: skip
+_BY_HUB = {repository: name for name, shape in SHAPES.items() for repository in shape.hub}
+
+
+def find_shape(name: str) -> dict[str, Any]:
+    """The config.json fields of a shape; UserError with the nearest name for an unknown one."""
+    known = SHAPES.get(name.lower())
+    if known is None:
+        raise UserError(
+            f"--shape '{name}' is not known.{nearest(name.lower(), SHAPES)} "
+            f"Known: {', '.join(SHAPES)}; any other model by its folder or hub id"
+        )
+    return known.fields
+
+
+def shape_of(repository: str) -> str | None:
+    """The name of a hub repository's shape, if it stands in the table."""
+    return _BY_HUB.get(repository)

@@ -1,0 +1,141 @@
+"""The training step of a config from shapes alone: what a plan compiles, and what it holds.
+
+No weight exists here. `build` goes through the functions that a run goes through (the config's
+transforms, optimizer, jitted step) under `jax.eval_shape`, so what is compiled is the run's own
+step, for the devices of any mesh: those at hand, or a card that only a compiler knows.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jax.sharding import Mesh
+
+from mud_puppy.config import DTYPES, Config
+from mud_puppy.model import Model, abstract, axes
+from mud_puppy.parallel import batch_devices, batch_sharding, replicated, shardings
+from mud_puppy.plan.cost import flops
+from mud_puppy.run.prepare import computed, program, scheme, transformed
+from mud_puppy.weights import partition, quantize
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on each device that have a name.
+
+    Arguments of the step; the gradients of what trains; what the forward pass keeps for the
+    backward pass on the device (`activations`) and in the host's memory (`offloaded`).
+    """
+
+    weights: int
+    adapter: int
+    optimizer: int
+    batch: int
+    gradients: int
+    activations: int
+    offloaded: int
+
+    @property
+    def fixed(self) -> int:
+        """What does not grow with the batch."""
+        return self.weights + self.adapter + self.optimizer + self.gradients
+
+
+@dataclass(frozen=True)
+class Step:
+    """A traced step: `traced.lower()` under its mesh, then `compile()`. `flops` of all devices."""
+
+    traced: Any
+    held: Held
+    flops: int
+
+
+def build(config: Config, source: Any, mesh: Mesh, rows: int, length: int) -> Step:
+    """The step of `config` on `rows` rows of `length` tokens an accumulation, over all devices.
+
+    source: what `model.abstract` takes (a folder, a hub id, the fields of a config.json). To be
+    called with the mesh ambient (`jax.set_mesh`, or `use_abstract_mesh` where its devices cannot
+    run anything), and while `kernels.target` names the card.
+    """
+    model, params = shapes_of(config, source)
+    params = _placed(params, shardings(mesh, axes(model.arch), params))
+    made = program(config, model, params, mesh, total_steps=1000)
+    train, frozen = partition(params)
+    state = _placed(jax.eval_shape(made.init, train), made.places)
+    batch = _batch(mesh, config.gradient_accumulation, rows, length)
+    traced = made.step.trace(state, frozen, None, batch)
+    kept = _kept(made.loss, train, frozen, batch)
+    share = batch_devices(mesh) if rows % batch_devices(mesh) == 0 else 1
+    trained = _bytes(train)
+    held = Held(
+        weights=_bytes(frozen) + (0 if config.adapts else trained),
+        adapter=trained if config.adapts else 0,
+        optimizer=_bytes(replace(state, train=None)),
+        batch=_bytes(batch),
+        gradients=trained,
+        activations=kept[jax.memory.Space.Device] // share,
+        offloaded=kept[jax.memory.Space.Host] // share,
+    )
+    return Step(traced, held, flops(traced.jaxpr.jaxpr))
+
+
+def shapes_of(config: Config, source: Any) -> tuple[Model, Tree]:
+    """(model, shapes of its params) as `run.prepare.load_params` gives arrays."""
+    stored = DTYPES[config.precision] if config.adapts else "float32"
+    model, shapes = abstract(source, dtype=stored, trust_remote_code=config.trust_remote_code)
+
+    def change(params: Tree) -> Tree:
+        if config.method == "qlora":
+            params = quantize(params, **asdict(scheme(config)))
+        return transformed(config, params)
+
+    return computed(config, model), jax.eval_shape(change, shapes)
+
+
+def _placed(shapes: Tree, places: Tree) -> Tree:
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+
+
+def _batch(mesh: Mesh, accumulation: int, rows: int, length: int) -> dict[str, Any]:
+    """Shapes of what `data.loader` makes."""
+    shape, place = (accumulation, rows, length), batch_sharding(mesh, 3)
+    if rows % batch_devices(mesh):
+        place = replicated(mesh)
+    kinds = dict.fromkeys(("tokens", "positions", "segment_ids", "targets"), jnp.int32)
+    return {
+        name: jax.ShapeDtypeStruct(shape, kind, sharding=place)
+        for name, kind in (kinds | {"weights": jnp.float32}).items()
+    }
+
+
+def _kept(loss: Any, train: Tree, frozen: Tree, batch: Tree) -> dict[Any, int]:
+    """Bytes that the forward pass of one accumulation keeps for the backward pass, by where."""
+    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+
+    def residuals(train: Tree, frozen: Tree, micro: Tree, key: Any) -> Any:
+        value, back = jax.vjp(lambda t: loss(t, frozen, None, micro, key, jnp.float32(1))[0], train)
+        return value, back
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    jaxpr = jax.make_jaxpr(residuals)(train, frozen, micro, key).jaxpr
+    found = dict.fromkeys(jax.memory.Space, 0)
+    given, seen = {*map(id, jaxpr.invars)}, set()
+    for v in jaxpr.outvars[1:]:
+        if not isinstance(v, Literal) and id(v) not in given | seen:
+            found[v.aval.memory_space] += v.aval.size * v.aval.dtype.itemsize
+            seen.add(id(v))
+    return found
+
+
+def _bytes(tree: Tree) -> int:
+    """On one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,49 @@
+"""What the search answers was measured, fits, and is near the limit; and it measures seldom."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mud_puppy.plan.search import CLOSE, STEPS, largest, length_grain
+
+GIB = 2**30
+
+
+@given(
+    fixed=st.integers(0, 30 * GIB),
+    slope=st.floats(1e3, 1e8),
+    bend=st.floats(-0.2, 0.2),
+    first=st.integers(1, 2000).map(lambda n: 64 * n),
+)
+def test_the_longest_row_fits_and_is_near_the_limit(fixed, slope, bend, first):
+    limit, most, asked = 24 * GIB, 131072, []
+
+    def needed(length: int) -> int:
+        asked.append(length)
+        return int(fixed + slope * length * (1 + bend * length / most))
+
+    found = largest(needed, limit, first, fixed, length_grain, most)
+    assert len(asked) <= STEPS + 1
+    if not found:
+        assert fixed > limit or needed(1024) > limit * (1 - CLOSE)
+        return
+    assert found in asked and needed(found) <= limit
+    near = limit - needed(found) < 2 * CLOSE * limit
+    assert near or found == most or needed(found + 2 * length_grain(found)) > limit or bend
+
+
+def test_rows_are_whole_and_found_in_few_steps():
+    asked = []
+
+    def needed(rows: int) -> int:
+        asked.append(rows)
+        return 6 + 2 * rows
+
+    assert largest(needed, 24, 1, 6, lambda rows: 1, 512) == 9
+    assert len(asked) <= 3
+
+
+def test_nothing_is_compiled_where_nothing_can_fit():
+    def needed(size: int) -> int:
+        raise AssertionError(size)
+
+    assert largest(needed, 10, 64, 11, length_grain, 4096) == 0

@@ -10,53 +10,16 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
-from typing import Any
 
 import jax
 import numpy as np
-from transformers import LlamaConfig
 
 from mud_puppy.config import DTYPES, Config
-from mud_puppy.model import axes, build, init
-from mud_puppy.model.families import read_config
+from mud_puppy.model import Arch, abstract, axes, init
 from mud_puppy.parallel import make_mesh, shardings
-from mud_puppy.run.prepare import prepare, scheme, transformed
+from mud_puppy.plan.shapes import SHAPES, find_shape
+from mud_puppy.run.prepare import Prepared, computed, prepare, scheme, transformed
 from mud_puppy.weights import quantizer
-
-ROPE = {"rope_type": "default", "rope_theta": 5e5}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.2-1b": dict(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-    ),
-    "llama-3.1-8b": dict(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-    ),
-    "smollm2-135m": dict(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    ),
-}
 
 
 def batch_of(rng: np.random.Generator, rows: int, length: int, vocab: int, segment: int) -> dict:
@@ -71,6 +34,17 @@ def batch_of(rng: np.random.Generator, rows: int, length: int, vocab: int, segme
         "segment_ids": (slot // each + 1).astype(np.int32),
         "weights": np.ones(shape, np.float32),
     }
+
+
+def random_run(config: Config, shape: str, mesh: jax.sharding.Mesh) -> tuple[Arch, Prepared]:
+    """A run of random weights, made as `load_params` reads them: a tensor at a time. The mesh is to
+    be ambient."""
+    model, _ = abstract(find_shape(shape))
+    stored = DTYPES[config.precision] if config.adapts else "float32"
+    encode = quantizer(scheme(config)) if config.method == "qlora" else None
+    params = transformed(config, init(model.arch, jax.random.key(0), stored, encode))
+    params = jax.device_put(params, shardings(mesh, axes(model.arch), params))
+    return model.arch, prepare(config, computed(config, model), params, mesh, 1000)
 
 
 def tell(phase: str) -> None:
@@ -109,17 +83,10 @@ def main() -> None:
     # The plan is read off a step compiled ahead of time; the first step then finds it here.
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
-    arch = read_config(LlamaConfig(rms_norm_eps=1e-5, rope_parameters=ROPE, **SHAPES[args.shape]))
     mesh = make_mesh(args.mesh)
     with jax.set_mesh(mesh):
-        model = replace(build(arch)[0], dtype=DTYPES[args.precision])
-        stored = DTYPES[args.precision] if config.adapts else "float32"
-        encode = quantizer(scheme(config)) if args.method == "qlora" else None
         tell("init")
-        params = transformed(config, init(arch, jax.random.key(0), stored, encode))
-        params = jax.device_put(params, shardings(mesh, axes(arch), params))
-        run = prepare(config, model, params, mesh, 1000)
-        del params
+        arch, run = random_run(config, args.shape, mesh)
         tell(f"params: {_gib('bytes_in_use')}, peak of making them {_gib('peak_bytes_in_use')}")
         rng = np.random.default_rng(0)
         batch = batch_of(rng, args.batch_size, args.length, arch.vocab_size, args.segment)

@@ -6,7 +6,6 @@ jax and the rooms are imported inside the functions, so that help and errors com
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from mud_puppy.commands.doctor import Doctor, run_doctor
 from mud_puppy.commands.measure import Eval, Preview, run_eval, run_preview

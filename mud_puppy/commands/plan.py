@@ -8,6 +8,7 @@ from typing import Any
 
 from mud_puppy.config.keys import Config
 from mud_puppy.config.schema import AT_LEAST_1, POSITIVE, key
+from mud_puppy.errors import UserError
 
 _flag = partial(key, "plan")
 
@@ -34,6 +35,10 @@ _UNUSED = {"dataset": "-", "output": "-"}
 def run_plan(args: Plan, source: Any, flags: Mapping[str, Any]) -> None:
     """Prints the plan of the config `source` with `flags` on top."""
     unused = dict(_UNUSED) if args.shape is None else {"model": args.shape, **_UNUSED}
+    if args.shape is not None and "model" in flags:
+        raise UserError(
+            f"--shape {args.shape} and MODEL {flags['model']} are both given; remove one"
+        )
     config = Config.load(source, flags, unused)
     from mud_puppy.plan import plan, text, values
 

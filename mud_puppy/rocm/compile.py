@@ -100,7 +100,12 @@ class Compiled:
 
 
 class CompileError(RuntimeError):
-    """Building, tracing or compiling a unit failed; the message ends with the compiler's words."""
+    """Building, tracing or compiling a unit failed; the message ends with the compiler's words,
+    which `said` is alone."""
+
+    def __init__(self, unit: Unit, said: str):
+        super().__init__(f"{unit.function} {dict(unit.arguments)}: {said}")
+        self.said = said
 
 
 class Compiler:
@@ -133,7 +138,7 @@ class Compiler:
         targets.card(unit.card)  # an unknown card is the caller's mistake, not the compiler's
         answer = self._ask(unit, timeout_s)
         if "error" in answer:
-            raise CompileError(f"{unit.function} {dict(unit.arguments)}: {answer['error']}")
+            raise CompileError(unit, answer["error"])
         kernels = [
             Kernel(**{**k, "grid": tuple(k["grid"]), "binary": self._path(k["binary"])})
             for k in answer["kernels"]

@@ -1,8 +1,9 @@
 """Settings for AMD cards, made when mud_puppy is imported: on ROCm only, and only what is unset.
 
 XLA, HIP and RCCL read them once, when JAX starts the card, so they are made at import and from
-files alone; nothing here imports JAX. `mud-puppy doctor` prints `record()`. FLAGS are XLA's part,
-which the compiler without a card (`compile`) gets too, and MEMORY_FRACTION what a plan may fill.
+files alone; nothing here imports JAX. `mud-puppy doctor` prints `record()`. FLAGS and `options` are
+XLA's part, which the compiler without a card (`compile`) gets too, and MEMORY_FRACTION what a plan
+may fill.
 
 None of it was timed on an AMD card by us. Each row names who recommends it; that both plugins
 (0.10.2 and 0.11.2) know the flags is tested (tests/rocm/test_settings.py).
@@ -20,6 +21,7 @@ from mud_puppy.rocm import kfd
 
 MEMORY_FRACTION = 0.95
 MI300 = ("gfx942", "gfx950")
+NOT_MI200 = ("gfx1100", "gfx1101", "gfx1151", "gfx1201", *MI300)
 PLUGIN = "jax_plugins/xla_rocm*"  # of the wheels jax-rocm7-pjrt and their predecessors
 DEVICES = ("dev/kfd", "dev/dxg")  # Linux; Windows' subsystem for Linux
 
@@ -82,8 +84,10 @@ SETTINGS = (
         "false",
         "matrix products by AMD's tuned libraries: the other choice is not tuned for AMD, and "
         "Triton has miscompiled for gfx1100 (AOTriton 0.11). Our own kernels are not touched by "
-        "it, and each is checked before its first use",
+        "it, and each is checked before its first use. Not for gfx90a: there XLA's compiler finds "
+        "products that its hipBLASLt does not serve, and stops",
         f"{AMD_TRAINING}, https://github.com/ROCm/TheRock/issues/1315",
+        NOT_MI200,
     ),
     Setting(
         "--xla_gpu_enable_cublaslt",
@@ -130,7 +134,16 @@ SETTINGS = (
     ),
 )
 
-FLAGS = tuple(f"{s.name}={s.value}" for s in SETTINGS if s.name.startswith("--"))
+FLAGS = tuple(f"{s.name}={s.value}" for s in SETTINGS if s.name.startswith("--") and not s.archs)
+
+
+def options(arch: str) -> dict[str, bool]:
+    """XLA's switches that are set for this architecture and not for all (FLAGS)."""
+    return {
+        s.name.removeprefix("--"): s.value == "true"
+        for s in SETTINGS
+        if s.name.startswith("--") and s.value is not None and arch in s.archs
+    }
 
 
 @dataclass(frozen=True)

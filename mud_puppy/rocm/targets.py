@@ -20,6 +20,10 @@ Not found on AMD's own pages, but equal in the press, resellers' data or openxla
 clocks and bandwidths of the Radeons, those of MI325X (6 TB/s) and MI355X (2.4 GHz, 8 TB/s, 4096
 products; its 2516.6 TFLOP/s are AMD's "2.5 PFLOPS"). `Card.source` is where AMD should say them;
 those product pages could not be opened.
+
+Strix Halo (gfx1151): units, clock and L2 as rocminfo prints them, bandwidth by the press, the peak
+by RDNA3's 512; that its register file is the large one of gfx1100 was read from LLVM 19 (12 waves
+of 100 registers, where gfx1150 has 9).
 """
 
 from dataclasses import dataclass
@@ -155,6 +159,8 @@ CARDS = (
     _instinct("Instinct MI355X", "gfx950", 256, 288, 8000, 2516.6, 2400, 4, "mi350/mi355x"),
 )  # fmt: skip
 
+_ALSO = {"strixhalo": "8060s"}
+
 
 def card(name: str) -> Card:
     """The card of that name ("RX 7900 XTX", "7900xtx", "MI300X"), or an architecture's first card.
@@ -162,6 +168,7 @@ def card(name: str) -> Card:
     Raises UserError, which lists the known ones.
     """
     wanted = _short(name)
+    wanted = _ALSO.get(wanted, wanted)
     for known in CARDS:
         if wanted in (known.arch, _short(known.name)):
             return known

@@ -32,7 +32,7 @@ from jaxlib import xla_client
 
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import target
-from mud_puppy.rocm import elf, standins, targets
+from mud_puppy.rocm import elf, settings, standins, targets
 
 # "001: kCustomKernel ... name grid: [8, 1, 4] threads: [256, 1, 1]  shared_memory: 16384 bytes"
 LAUNCH = re.compile(
@@ -95,6 +95,7 @@ class State:
         if chosen.arch != self.arch:
             jax.clear_caches()  # traces do not know of targets (kernels/target.py)
             self.arch = chosen.arch
+        options = settings.options(chosen.arch) | options
         with target.use(target.Target("rocm", chosen.arch)):
             if devices:
                 cards = _devices(chosen, devices)

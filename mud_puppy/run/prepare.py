@@ -21,6 +21,7 @@ from mud_puppy.kernels.formats import GROUPS
 from mud_puppy.model import Model, axes, load, scan_layers
 from mud_puppy.model.load import stored_codes
 from mud_puppy.parallel import batch_sharding, like, replicated, shardings
+from mud_puppy.parallel.host import check_offload
 from mud_puppy.run.loop import means
 from mud_puppy.run.methods import SFT, Method
 from mud_puppy.run.optimizer import make_optimizer
@@ -158,9 +159,11 @@ def merge_scheme(config: Config) -> Scheme:
 
 def check_asked(config: Config, shapes: Tree) -> None:
     """UserError for what the config asks of a model or device that does not have it: LoRA targets,
-    groups that divide no row (shapes as of `abstract`), float8 products."""
+    groups that divide no row (shapes as of `abstract`), float8 products, pinned host memory."""
     if config.precision == "fp8":
         fp8_types()
+    if config.gradient_checkpointing == "offload":
+        check_offload()
     if config.adapts and (config.adapter is None or config.adapter_mode == "stack"):
         match_targets(module_names(shapes), config.lora_targets)
     if layout := stored_codes(config.model, config.trust_remote_code):

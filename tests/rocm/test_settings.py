@@ -21,6 +21,7 @@ EVERYWHERE = {
     "XLA_FLAGS": "--xla_gpu_enable_command_buffer= --xla_gpu_enable_latency_hiding_scheduler=true "
     "--xla_gpu_enable_triton_gemm=false --xla_gpu_enable_cublaslt=true",
 }
+TRITON = "--xla_gpu_enable_triton_gemm=false"
 MI300 = {
     "GPU_MAX_HW_QUEUES": "2",
     "HIP_FORCE_DEV_KERNARG": "1",
@@ -49,10 +50,20 @@ def made(environ, root, path, started=False):
 @pytest.mark.parametrize("arch", VERSIONS)
 def test_on_each_card(tmp_path, arch):
     environ, record = made({}, *machine(tmp_path, arch))
-    assert environ == EVERYWHERE | (MI300 if arch in ("gfx942", "gfx950") else {})
+    expected = EVERYWHERE | (MI300 if arch in ("gfx942", "gfx950") else {})
+    if arch in ("gfx90a", "gfx906"):
+        expected |= {"XLA_FLAGS": EVERYWHERE["XLA_FLAGS"].replace(TRITON + " ", "")}
+    assert environ == expected
     assert record.archs == (arch,) and record.missing == ""
     assert [o.setting for o in record.outcomes] == list(settings.SETTINGS)
-    assert tuple(EVERYWHERE["XLA_FLAGS"].split()) == settings.FLAGS
+
+
+def test_the_compiler_without_a_card_gets_the_same_flags(tmp_path):
+    for arch in ("gfx1100", "gfx90a"):
+        (tmp_path / arch).mkdir()
+        environ, _ = made({}, *machine(tmp_path / arch, arch))
+        own = [f"--{name}={str(value).lower()}" for name, value in settings.options(arch).items()]
+        assert sorted([*settings.FLAGS, *own]) == sorted(environ["XLA_FLAGS"].split())
 
 
 def test_only_on_rocm(tmp_path):
@@ -86,7 +97,7 @@ def test_the_users_xla_flags_win_flag_by_flag(tmp_path):
     environ, record = made({"XLA_FLAGS": theirs}, *machine(tmp_path))
     words = environ["XLA_FLAGS"].split()
     assert words[:2] == theirs.split()
-    assert words[2:] == [f for f in settings.FLAGS if "triton" not in f]
+    assert words[2:] == [f for f in EVERYWHERE["XLA_FLAGS"].split() if f != TRITON]
     states = {o.setting.name: (o.state, o.value) for o in record.outcomes}
     assert states["--xla_gpu_enable_triton_gemm"] == ("yours", "true")
     # Once more changes nothing, as in a process that this one starts.
@@ -138,7 +149,7 @@ def test_xla_and_its_plugin_know_the_flags(tmp_path, good):
     """jaxlib reads XLA_FLAGS at its first use, the plugin for itself at its own: both end the
     process at a flag that they do not know. The first half of the code is jaxlib's, the second,
     after jaxlib has read none, the plugin's."""
-    flags = " ".join(settings.FLAGS) if good else "--xla_gpu_enable_hipblaslt=true"
+    flags = EVERYWHERE["XLA_FLAGS"] if good else "--xla_gpu_enable_hipblaslt=true"
     jaxlib = "import jax; jax.jit(lambda x: x + 1)(1); print('read')"
     of_plugin = f"""
         import os, jax
@@ -171,11 +182,13 @@ def test_xla_and_its_plugin_know_the_flags(tmp_path, good):
 def test_what_is_compiled_has_a_runs_flags(tmp_path, monkeypatch):
     """Products go to AMD's libraries, as on the card; the caller's own flags do not matter."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
-    unit = Unit(f"{Path(__file__).with_name('units.py')}:plain_product", {}, "gfx1100")
+    where = f"{Path(__file__).with_name('units.py')}:plain_product"
+    triton = {"xla_gpu_enable_triton_gemm": True}
     with Compiler(tmp_path) as compiler:
-        names = [kernel.name for kernel in compiler.compile(unit).kernels]
-    assert not any("gemm_fusion" in name for name in names), names
-    monkeypatch.setattr(settings, "FLAGS", ())
-    with Compiler(tmp_path) as compiler:
-        names = [kernel.name for kernel in compiler.compile(unit).kernels]
-    assert any("gemm_fusion" in name for name in names), names
+
+        def fused(arch, options=None) -> bool:
+            unit = Unit(where, {}, arch, options or {})
+            return any("gemm_fusion" in k.name for k in compiler.compile(unit).kernels)
+
+        assert not fused("gfx1100") and fused("gfx1100", triton)
+        assert fused("gfx90a")  # not set there: XLA's own default

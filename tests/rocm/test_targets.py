@@ -15,6 +15,8 @@ from mud_puppy.rocm import targets
         ("w7900", "Radeon PRO W7900"),
         ("AI PRO R9700", "Radeon AI PRO R9700"),
         ("mi300x", "Instinct MI300X"),
+        ("Strix Halo", "Radeon 8060S"),
+        ("gfx1151", "Radeon 8060S"),
         ("gfx1100", "Radeon RX 7900 XTX"),
         ("gfx942:sramecc+:xnack-", "Instinct MI300X"),
     ],
@@ -37,8 +39,8 @@ def test_every_name_and_architecture_finds_a_card():
 # FLOP of a compute unit in one clock, in matrix instructions of bf16: twice 128 lanes x 2 dual
 # on RDNA3 (512), and the matrix units of the others.
 PER_CLOCK = {
-    "gfx1100": 512, "gfx1101": 512, "gfx1201": 1024, "gfx90a": 1024, "gfx942": 2048,
-    "gfx950": 4096,
+    "gfx1100": 512, "gfx1101": 512, "gfx1151": 512, "gfx1201": 1024, "gfx90a": 1024,
+    "gfx942": 2048, "gfx950": 4096,
 }  # fmt: skip
 
 
@@ -46,6 +48,19 @@ PER_CLOCK = {
 def test_the_peak_is_units_times_clock(known):
     peak = known.compute_units * known.clock_hz * PER_CLOCK[known.arch]
     assert known.bf16_flops == pytest.approx(peak, rel=0.02)
+
+
+def test_the_cards_of_the_plan_are_known():
+    asked = (
+        "7900xtx 7900xt 7900gre w7900 7800xt 9070xt r9700 8060s mi210 mi250x mi300x mi325x mi355x"
+    )
+    assert len({targets.card(name).name for name in asked.split()}) == len(targets.CARDS) == 13
+
+
+def test_memory_that_is_shared_or_of_one_die_is_said():
+    notes = {known.name: known.note for known in targets.CARDS if known.note}
+    assert set(notes) == {"Radeon 8060S", "Instinct MI250X"}
+    assert "machine's own" in notes["Radeon 8060S"] and "96 GB" in notes["Radeon 8060S"]
 
 
 def test_the_description_names_the_architecture_twice():

@@ -105,7 +105,7 @@ def test_a_run_in_tiles_is_the_run(config, monkeypatch):
     ("keys", "said"),
     [
         ({"method": "gptq", "sequence_tile": 64}, "sequence_tile needs a method other than gptq"),
-        ({"sequence_tile": 8}, "sequence_tile: 8 is not a whole number at least 16"),
+        ({"sequence_tile": 0}, "sequence_tile: 0 is not a whole number at least 1"),
         ({"precision": "fp8", "sequence_tile": 64}, "one scale for all tokens"),
     ],
 )

@@ -23,6 +23,7 @@ MEMORY_FRACTION = 0.95
 MI300 = ("gfx942", "gfx950")
 NOT_MI200 = ("gfx1100", "gfx1101", "gfx1151", "gfx1201", *MI300)
 PLUGIN = "jax_plugins/xla_rocm*"  # of the wheels jax-rocm7-pjrt and their predecessors
+NO_CARD = "No AMD GPUs were found"  # what the plugin's check raises
 DEVICES = ("dev/kfd", "dev/dxg")  # Linux; Windows' subsystem for Linux
 
 AMD_JAX = "https://rocm.docs.amd.com/en/7.13.0-preview/frameworks/jax/install.html"
@@ -175,7 +176,16 @@ def record() -> Record:
 def at_import() -> None:
     """Makes the settings in this process's environment, where it is on ROCm."""
     global _record
+    logging.getLogger("jax._src.xla_bridge").addFilter(_in_one_line)
     _record = apply(os.environ)
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """JAX's traceback of a ROCm plugin that finds no card, as a line."""
+    if record.exc_info and NO_CARD in str(record.exc_info[1]):
+        record.msg, record.args = f"{NO_CARD}; mud-puppy doctor says why", ()
+        record.exc_info = record.exc_text = None
+    return True
 
 
 def apply(

@@ -179,6 +179,20 @@ def test_xla_and_its_plugin_know_the_flags(tmp_path, good):
 
 
 @pytest.mark.rocm
+def test_a_plugin_without_a_card_is_one_line(tmp_path):
+    """The plugin stands in the environment, as pip install ".[rocm]" puts it."""
+    path = os.pathsep.join([*(p for p in sys.path if p), str(plugin.find().parents[2])])
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {"PYTHONPATH": path}
+    code = "import {}jax; print(jax.devices())"
+    for first, traced in (("mud_puppy, ", False), ("", True)):
+        command = [sys.executable, "-c", code.format(first)]
+        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert "CpuDevice" in result.stdout
+        assert ("Traceback" in result.stderr) == traced, result.stderr
+        assert "No AMD GPUs were found" in result.stderr
+
+
+@pytest.mark.rocm
 def test_what_is_compiled_has_a_runs_flags(tmp_path, monkeypatch):
     """Products go to AMD's libraries, as on the card; the caller's own flags do not matter."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")

@@ -187,7 +187,7 @@ def _answers(
 def _keep_compilations() -> None:
     """The next run of the same shapes starts without compiling; JAX_COMPILATION_CACHE_DIR wins."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "mud_puppy" / "xla"))
 
 

@@ -1,6 +1,7 @@
 """plan: will a run fit on a card, compiled without it."""
 
 import json
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,8 @@ def run_plan(args: Plan, source: Any, flags: Mapping[str, Any]) -> None:
     config = Config.load(source, flags, unused)
     from mud_puppy.plan import plan, text, values
 
+    # Ended by a signal, the compilers and what they keep in /tmp go too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     found = plan(
         config,
         devices=args.devices,

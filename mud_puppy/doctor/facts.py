@@ -175,12 +175,13 @@ def _cache(environ: Mapping[str, str]) -> str:
     """Where compiled steps are kept, as train.py decides it."""
     if named := environ.get("JAX_COMPILATION_CACHE_DIR"):
         return named
-    home = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    home = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return str(Path(home) / "mud_puppy" / "xla")
 
 
 def _free(folder: Path) -> int:
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    # os.path: what lies in a folder that we may not look into is not there for us.
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))
     return shutil.disk_usage(there).free
 
 

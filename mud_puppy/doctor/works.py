@@ -1,9 +1,13 @@
 """Findings of a probe: what was tried on the device and did not work."""
 
+import re
+
 from mud_puppy.doctor.facts import Facts
 from mud_puppy.doctor.finding import Finding
 from mud_puppy.doctor.watch import Check, Probe
 
+MISSING = re.compile(r"ModuleNotFoundError: No module named '([^'.]+)")
+PACKAGES = {"yaml": "pyyaml", "orbax": "orbax-checkpoint"}  # whose modules have other names
 REPORT = "mud-puppy doctor --json    and report what it says"
 
 
@@ -11,13 +15,13 @@ def findings(facts: Facts, probe: Probe, causes: list[Finding]) -> list[Finding]
     """causes: what was found of driver, plugin and variables, which explain an unused GPU."""
     explained = any(f.severity == "fault" for f in causes)
     return [
-        *_crash(probe, explained),
+        *_crash(facts, probe, explained),
         *_fell_back(facts, probe, explained),
         *(f for check in probe.checks if check.problem for f in [_failed(check, probe)]),
     ]
 
 
-def _crash(probe: Probe, explained: bool) -> list[Finding]:
+def _crash(facts: Facts, probe: Probe, explained: bool) -> list[Finding]:
     if not probe.crash:
         return []
     said = " | ".join(probe.said)
@@ -26,6 +30,15 @@ def _crash(probe: Probe, explained: bool) -> list[Finding]:
             flags = line.partition("XLA_FLAGS:")[2].strip()
             what = "XLA_FLAGS has a flag that XLA does not know, which ends every program of JAX."
             return [Finding("unknown-flag", what, flags, f"take it out of XLA_FLAGS: {flags}")]
+        if module := MISSING.search(line):
+            package = PACKAGES.get(module[1], module[1].replace("_", "-"))
+            what = f"The Python package {package} is not installed, and mud_puppy needs it."
+            return [Finding("package-missing", what, line, f"pip install {package}")]
+    platforms = facts.variables.get("JAX_PLATFORMS", "")
+    if platforms not in ("", "cpu") and not probe.devices and not (facts.amd_gpus or facts.nvidia):
+        what = "JAX_PLATFORMS names what is not here, and JAX does not start without it."
+        where = f"JAX_PLATFORMS={platforms}; {said}"
+        return [Finding("platform-missing", what, where, "unset JAX_PLATFORMS")]
     what = f"Trying the device did not come to its end: {probe.crash}, while {probe.doing}."
     # JAX may refuse to start without the card that a cause keeps from it.
     same = explained and not probe.devices

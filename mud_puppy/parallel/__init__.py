@@ -1,6 +1,6 @@
 """Meshes and shardings."""
 
-from mud_puppy.parallel.mesh import make_mesh, mesh_sizes
+from mud_puppy.parallel.mesh import make_mesh, mesh_devices, mesh_sizes
 from mud_puppy.parallel.rules import (
     BATCH,
     batch_devices,
@@ -19,6 +19,7 @@ __all__ = [
     "batch_sharding",
     "like",
     "make_mesh",
+    "mesh_devices",
     "mesh_sizes",
     "replicated",
     "shardings",

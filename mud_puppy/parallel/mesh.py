@@ -40,6 +40,12 @@ def mesh_sizes(spec: str | None, count: int) -> tuple[int, int]:
     return sizes["data"], sizes["fsdp"]
 
 
+def mesh_devices(spec: str | None) -> int:
+    """How many devices a spec names, "the devices left over" being one."""
+    sizes = {} if spec is None else _parse(spec)
+    return math.prod(size for size in sizes.values() if size > 0)
+
+
 def _parse(spec: str) -> dict[str, int]:
     sizes = {"data": 1, "fsdp": 1}
     for part in spec.split(","):

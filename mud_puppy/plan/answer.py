@@ -15,7 +15,7 @@ from mud_puppy.data import padded_length
 from mud_puppy.errors import UserError
 from mud_puppy.model import abstract
 from mud_puppy.model.load import stored_codes
-from mud_puppy.parallel import mesh_sizes
+from mud_puppy.parallel import mesh_devices, mesh_sizes
 from mud_puppy.plan.compilers import WORKERS, Built, Compile, compiler
 from mud_puppy.plan.places import Place, find_place
 from mud_puppy.plan.search import largest, length_grain
@@ -27,7 +27,7 @@ from mud_puppy.sampling import context_length
 log = logging.getLogger("mud_puppy")
 MOST_ROWS = 1024  # no larger batch is looked for
 MOST_DEVICES = 8  # of a host
-LONG_ROW = 65536  # tokens: where the search for an offloaded row begins
+FP8 = 2  # float8 products in the time of one in bf16, at most: of every card and GPU in `places`
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,14 @@ class Plan:
     @property
     def floor_s(self) -> float | None:
         """No step takes less: its products at the peak of all devices, or its memory traffic at
-        full bandwidth, whichever is longer. None where the peaks are not known."""
+        full bandwidth, whichever is longer. None where the peaks are not known.
+
+        Each row is taken to be one example: of packed rows attention skips what it does not see.
+        """
         if self.place.flops is None or self.place.bandwidth is None:
             return None
-        compute = self.built.flops / (self.place.flops * self.place.devices)
+        peak = self.place.flops * (FP8 if self.config.precision == "fp8" else 1)
+        compute = self.built.flops / (peak * self.place.devices)
         return max(compute, self.built.moved / self.place.bandwidth)
 
     @property
@@ -107,10 +111,11 @@ def plan(
     """Compiles the training step of `config` for `target` and says what it needs.
 
     target: an AMD card ("7900xtx", "mi300x", "gfx1100"), "cpu" or "gpu" for the device at hand;
-    None: the config's `target`, else what is at hand. devices: how many of it. shape: a model of
-    `plan.shapes` instead of the config's. memory_gib: what a run may take of each device (None:
-    95 % of a card, what JAX's allocator gives of a device at hand). search: also find the largest
-    batch and the longest sequence, and what to change when the step does not fit.
+    None: the config's `target`, else what is at hand. devices: how many of it; None: of a card
+    those of the config's mesh, else one; of what is at hand all. shape: a model of `plan.shapes`
+    instead of the config's. memory_gib: what a run may take of each device (None: 95 % of a card,
+    what JAX's allocator gives of a device at hand). search: also find the largest batch and the
+    longest sequence, and what to change when the step does not fit.
 
     Raises UserError for a config, model, card or compiler that cannot be had or does not compile.
     """
@@ -122,12 +127,13 @@ def plan(
             "quant_backend stored: a plan reads no weights; name the format of the codes"
         )
     place = find_place(target or read.target, devices, memory_gib)
-    place = replace(place, devices=math.prod(mesh_sizes(read.mesh, place.devices)))
+    count = mesh_devices(read.mesh) if place.card and not devices else place.devices
+    place = replace(place, devices=math.prod(mesh_sizes(read.mesh, count)))
     source, name = _source(read, shape)
     arch = abstract(source, trust_remote_code=read.trust_remote_code)[0].arch
     most = context_length(arch)
     rows, length = _size(read, place.devices)
-    if length > most:
+    if read.max_seq_length > most:
         raise UserError(f"max_seq_length {read.max_seq_length}: the model has {most} positions")
     with compiler(place, source) as build:
         built = _told(build, read, rows, length, place.devices)
@@ -176,9 +182,10 @@ def _searched(found: Plan, build: Compile) -> Plan:
         def of(length: int) -> int:
             return needed(changes, count, count, length)
 
-        most = found.model_positions
-        first = min(most, LONG_ROW) if changes else found.length
-        return largest(of, limit, first, fixed, length_grain, most)
+        most = padded_length(found.model_positions)
+        first = most if changes else found.length  # the levers often reach all
+        longest_row = largest(of, limit, first, fixed, length_grain, most)
+        return min(longest_row, found.model_positions)  # the last few tokens are padding
 
     def most_rows() -> int:
         def of(rows: int) -> int:
@@ -187,9 +194,10 @@ def _searched(found: Plan, build: Compile) -> Plan:
         first, most = found.rows // count, MOST_ROWS // count
         return count * largest(of, limit, first, fixed, lambda rows: 1, most)
 
-    with ThreadPoolExecutor(WORKERS) as pool:
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
         rows, length = pool.submit(most_rows), pool.submit(longest, {})
-        stretched = pool.submit(longest, found.stretch)
+        stretched = pool.submit(longest, found.stretch) if found.stretch else length
         found = replace(
             found,
             searched=True,
@@ -197,6 +205,8 @@ def _searched(found: Plan, build: Compile) -> Plan:
             max_seq_length=length.result(),
             max_seq_length_offloaded=stretched.result(),
         )
+    finally:  # after an error or Ctrl-C nobody waits for the searches: `compiler` ends its workers
+        pool.shutdown(wait=False, cancel_futures=True)
     if found.fits:
         return found
     most = MOST_DEVICES if found.place.card else count

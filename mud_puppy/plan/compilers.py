@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from queue import LifoQueue
+from threading import Event
 from typing import Any
 
 import jax
@@ -48,7 +49,9 @@ def compiler(place: Place, source: Any) -> Iterator[Compile]:
     It may be called from WORKERS threads; a second worker starts when two steps are asked for at
     once. The devices at hand compile one step at a time.
     """
+    ended = Event()
     with ExitStack() as stack:
+        stack.callback(ended.set)
         # The last one used is the first one taken: it has started.
         idle: LifoQueue[Callable[..., Built]] = LifoQueue()
         if place.card is None:
@@ -60,6 +63,8 @@ def compiler(place: Place, source: Any) -> Iterator[Compile]:
         def build(*step: Any) -> Built:
             compile_step = idle.get()
             try:
+                if ended.is_set():  # a search that an interrupt left behind starts no other worker
+                    raise RuntimeError("the compilers were closed")
                 return compile_step(source, *step)
             finally:
                 idle.put(compile_step)
@@ -82,12 +87,14 @@ def _on_card(
     try:
         made = worker.compile(unit)
     except CompileError as error:
-        raise UserError(f"the step does not compile for {card.name}: {error}") from error
+        kind, _, words = error.said.partition(": ")
+        if kind == UserError.__name__:  # the config asks for what cannot be, on any card or on this
+            raise UserError(words) from error
+        raise UserError(f"the step does not compile for {card.name}: {error.said}") from error
     seconds = time.perf_counter() - start
-    memory, notes = made.memory, made.notes
-    moved = memory.argument + memory.output
-    held = Held(**notes["held"])
-    return Built(memory.needed, memory.host, held, notes["flops"], moved, seconds)
+    memory, held = made.memory, Held(**made.notes["held"])
+    moved = memory.argument + memory.output - held.looked_up
+    return Built(memory.needed, memory.host, held, made.notes["flops"], moved, seconds)
 
 
 def for_devices(
@@ -108,7 +115,7 @@ def _here(source: Any, config: Config, rows: int, length: int, devices: int) -> 
         step = build(config, source, mesh, rows, length)
         stats = step.traced.lower().compile().memory_analysis()
     seconds = time.perf_counter() - start
-    moved = stats.argument_size_in_bytes + stats.output_size_in_bytes
-    needed = moved - stats.alias_size_in_bytes + stats.temp_size_in_bytes
-    host = stats.host_temp_size_in_bytes
+    passed = stats.argument_size_in_bytes + stats.output_size_in_bytes
+    needed = passed - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+    host, moved = stats.host_temp_size_in_bytes, passed - step.held.looked_up
     return Built(needed, host, step.held, step.flops, moved, seconds)

@@ -3,7 +3,9 @@
 Matrix products alone are counted (two for each multiplication), each as often as the loops around
 it run; what else a step does is small beside them. Kernels say theirs in Pallas's own
 `cost_estimate`. Where nothing is known (a loop of unknown length, a kernel that says nothing) the
-body counts once, or not at all: the count never exceeds what runs, so a time made of it is a bound.
+body counts once, or not at all. Attention counts the pairs that a whole row sees: rows of one
+example each need no less, and a time made of the count is a bound for them. Kernels skip what
+packed examples do not see of each other, so rows of many may need less.
 """
 
 import math

@@ -60,7 +60,7 @@ def find_place(name: str | None, devices: int | None, memory_gib: float | None) 
 
 
 def _here(name: str, devices: int | None, memory_gib: float | None) -> Place:
-    platform = jax.default_backend()
+    platform = _platform()
     if name != "here" and name != platform:
         raise UserError(
             f"--target {name}: JAX finds {platform} here, no {name}; `mud-puppy doctor` says why"
@@ -78,6 +78,15 @@ def _here(name: str, devices: int | None, memory_gib: float | None) -> Place:
     tflops, tb_s = _peaks(first.device_kind)
     name = f"{first.device_kind} ({target.current().arch})"
     return Place(name, count, memory, _limit(memory_gib, memory, memory), tflops, tb_s)
+
+
+def _platform() -> str:
+    """What JAX runs on here; UserError where it cannot start (JAX_PLATFORMS, a driver)."""
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as problem:  # the latter is all that JAX says of "cuda"
+        said = str(problem) or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} is not here"
+        raise UserError(f"JAX does not start: {said}; `mud-puppy doctor` says why") from problem
 
 
 def _peaks(kind: str) -> tuple[float | None, float | None]:

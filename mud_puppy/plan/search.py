@@ -7,7 +7,7 @@ at the next size to compile. What is answered was compiled itself, and fits.
 from collections.abc import Callable
 
 STEPS = 4  # sizes compiled beyond the one that is known
-CLOSE = 0.02  # how near the limit, as a fraction of it, ends the search
+CLOSE = 0.02  # how near the limit, as a fraction of what may grow, ends the search
 
 
 def largest(
@@ -26,23 +26,25 @@ def largest(
     if fixed > limit:
         return 0
     measured = {0: fixed}
+    close = CLOSE * (limit - fixed)
+    aim = int(limit - close / 2)  # a line that is a little off should not lead too far
     size = first
     for left in range(STEPS, -1, -1):
         measured[size] = needed(size)
         fit = max(s for s, n in measured.items() if n <= limit)
         over = min((s for s, n in measured.items() if n > limit), default=most + 1)
         low, high = fit + grain(fit), _down(over - 1, grain)
-        if low > high or not left or (fit and limit - measured[fit] < CLOSE * limit):
+        if low > high or not left or (fit and limit - measured[fit] < close):
             break
-        size = min(max(_down(_line(measured, limit), grain), low), high)
+        size = min(max(_down(_line(measured, aim), grain), low), high)
     return fit
 
 
-def _line(measured: dict[int, int], limit: int) -> int:
-    """Where the line through the two sizes nearest the limit meets it."""
-    a, b = sorted(sorted(measured, key=lambda s: abs(measured[s] - limit))[:2])
+def _line(measured: dict[int, int], aim: int) -> int:
+    """The size at which the line through the two sizes nearest to `aim` bytes meets it."""
+    a, b = sorted(sorted(measured, key=lambda s: abs(measured[s] - aim))[:2])
     slope = (measured[b] - measured[a]) / (b - a)
-    return int((limit - measured[b]) / slope + b) if slope > 0 else 2 * b
+    return int((aim - measured[b]) / slope + b) if slope > 0 else 2 * b
 
 
 def _down(size: int, grain: Callable[[int], int]) -> int:

@@ -29,7 +29,8 @@ class Held:
     """Bytes on each device that have a name.
 
     Arguments of the step; the gradients of what trains; what the forward pass keeps for the
-    backward pass on the device (`activations`) and in the host's memory (`offloaded`).
+    backward pass on the device (`activations`) and in the host's memory (`offloaded`). looked_up:
+    of the weights, an embedding that is no head too, of which a step may read a few rows.
     """
 
     weights: int
@@ -39,6 +40,7 @@ class Held:
     gradients: int
     activations: int
     offloaded: int
+    looked_up: int
 
     @property
     def fixed(self) -> int:
@@ -80,6 +82,7 @@ def build(config: Config, source: Any, mesh: Mesh, rows: int, length: int) -> St
         gradients=trained,
         activations=kept[jax.memory.Space.Device] // share,
         offloaded=kept[jax.memory.Space.Host] // share,
+        looked_up=_bytes(frozen["embed"]) if "head" in params else 0,
     )
     return Step(traced, held, flops(traced.jaxpr.jaxpr))
 

@@ -5,11 +5,15 @@ inputs on the host), then smaller optimizer states and codes, adapters instead o
 rows, more cards.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mud_puppy.config import Config
+from mud_puppy.errors import UserError
+
+log = logging.getLogger("mud_puppy")
 
 Changes = dict[str, Any]
 MOST = 3  # suggestions are enough
@@ -109,7 +113,10 @@ OTHERS = (
     Lever("shorter rows", _shorter),
 )
 
-# measure(changes, devices) -> the bytes that the changed config's step needs.
+# The least that any step of the model needs.
+LEAST = (*EXACT, OTHERS[0], OTHERS[4], *OTHERS[1:3])
+
+# measure(changes, devices) -> the bytes that the changed config's step needs, or UserError.
 Measure = Callable[[Changes, int], int]
 
 
@@ -124,7 +131,11 @@ def suggest(
     for changes, count, why in _candidates(config, fixed > limit, devices, more):
         if len(found) == MOST:
             break
-        needed = measure(changes, count)
+        try:
+            needed = measure(changes, count)
+        except UserError as problem:  # such as codes whose groups divide no row of this model
+            log.info("plan: not %s: %s", why, problem)
+            continue
         if needed <= limit:
             found.append(Suggestion(changes, count, needed, why))
     return found
@@ -143,12 +154,19 @@ def _candidates(
     everything = together(config, devices, (*EXACT, *OTHERS[:3]))
     if everything and everything != exact:
         yield everything, devices, "all of that with smaller states, codes and embeddings"
-    count = devices * 2
-    while count <= more and config.mesh is None:
+    least = together(config, devices, LEAST)
+    if least != everything:
+        yield least, devices, "adapters on a base in 4 bits, and all of that"
+    counts = [n for n in (2 * devices, 4 * devices, 8 * devices) if n <= more and not config.mesh]
+    for count in counts:
         rows = -(-config.batch_size // count) * count
         changes = {"batch_size": rows} if config.tokens_per_batch is None else {}
         yield changes, count, f"{count} cards share the model and the batch"
-        count *= 2
+    for count in counts:
+        changes = together(config, count, LEAST)
+        rows = -(-changes.get("batch_size", config.batch_size) // count) * count
+        more_rows = {"batch_size": rows} if config.tokens_per_batch is None else {}
+        yield changes | more_rows, count, f"the least of all, shared by {count} cards"
 
 
 def together(config: Config, devices: int, levers: Sequence[Lever]) -> Changes:

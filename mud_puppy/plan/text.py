@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from typing import Any
 
-from mud_puppy.plan.answer import Plan
+from mud_puppy.plan.answer import MOST_ROWS, Plan
 from mud_puppy.plan.suggest import Changes, Suggestion
 
 GIB = 2**30
@@ -81,11 +81,15 @@ def _note(plan: Plan, name: str) -> str:
 def _limits(plan: Plan) -> list[str]:
     each, rows = plan.place.devices, plan.max_batch_size
     row = "1 row" if each == 1 else f"{each} rows, one a card"
-    return [
-        f"largest batch of {plan.length} tokens a row: {rows or 'none fits'}",
+    most = f"{rows} or more" if rows >= MOST_ROWS // each * each else f"{rows or 'none fits'}"
+    lines = [
+        f"largest batch of {plan.length} tokens a row: {most}",
         f"longest sequence ({row}): {_length(plan, plan.max_seq_length)}",
-        f"  with {_keys(plan.stretch)}: {_length(plan, plan.max_seq_length_offloaded)}",
     ]
+    if plan.stretch:
+        longer = _length(plan, plan.max_seq_length_offloaded)
+        lines.append(f"  with {_keys(plan.stretch)}: {longer}")
+    return lines
 
 
 def _length(plan: Plan, longest: int) -> str:
@@ -103,7 +107,8 @@ def _floor(plan: Plan) -> list[str]:
     return [
         work,
         f"bound: no step is shorter than {plan.floor_s * 1e3:,.0f} ms, no more than "
-        f"{plan.roofline_tokens_per_s:,.0f} tokens/s (the vendor's peaks; nothing was measured)",
+        f"{plan.roofline_tokens_per_s:,.0f} tokens/s (the vendor's peaks, a row of one example; "
+        "nothing was measured)",
     ]
 
 

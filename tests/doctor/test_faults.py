@@ -1,10 +1,13 @@
 """Faults planted in a machine of files, each named with its fix; the healthy machine has none."""
 
 import os
+import pwd
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from mud_puppy.doctor import facts as facts_module
 from mud_puppy.doctor import render
 from mud_puppy.doctor.access import _selected
 from mud_puppy.doctor.faults import diagnose
@@ -231,6 +234,37 @@ def test_a_probe_that_died(radeon):
     said = ("F1123 parse_flags_from_env.cc:234] Unknown flag in XLA_FLAGS: --xla_gpu_nonsense=1",)
     found = only(radeon, replace(ON_CPU, devices=(), crash="it was ended by SIGABRT", said=said))
     assert found.name == "unknown-flag" and "--xla_gpu_nonsense=1" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("gguf", "gguf"), ("orbax.checkpoint", "orbax-checkpoint")]
+)
+def test_a_package_that_is_missing(radeon, module, package):
+    said = ("ImportError: of something else", f"ModuleNotFoundError: No module named '{module}'")
+    died = replace(ON_CPU, devices=(), crash="it ended with status 1", said=said)
+    found = only(radeon, died)
+    assert (found.name, found.fix) == ("package-missing", f"pip install {package}")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm,cpu", "nonsense"])
+def test_a_platform_that_no_machine_without_a_gpu_has(tmp_path, platform):
+    machine = Machine(tmp_path, NOBODY, {"XDG_CACHE_HOME": "", "JAX_PLATFORMS": platform})
+    machine.package("jax", "0.10.2")
+    died = replace(ON_CPU, devices=(), crash="it ended with status 1", said=("AssertionError",))
+    found = only(machine, died)
+    assert (found.name, found.fix) == ("platform-missing", "unset JAX_PLATFORMS")
+    assert found.where == f"JAX_PLATFORMS={platform}; AssertionError"
+
+
+def test_a_home_that_is_closed_or_not_there(radeon, monkeypatch):
+    """Both are told as a cache with the free space of what can be seen of its path."""
+    exists = os.path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: 1 / 0)  # it raises for a closed folder
+    monkeypatch.setattr(os.path, "exists", lambda p: "closed" not in str(p) and exists(p))
+    assert facts_module._free(radeon.root / "closed" / "xla") > 0
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert facts_module._cache({}) == str(Path("~/.cache/mud_puppy/xla"))
 
 
 def test_jax_that_does_not_start_without_the_hidden_card(radeon):

@@ -47,3 +47,13 @@ def test_nothing_is_compiled_where_nothing_can_fit():
         raise AssertionError(size)
 
     assert largest(needed, 10, 64, 11, length_grain, 4096) == 0
+
+
+def test_near_is_a_part_of_what_can_grow():
+    """A model that nearly fills the card leaves little; a tenth more than what is found is over."""
+
+    def needed(size: int) -> int:
+        return 22 * GIB + size * 2**20
+
+    found = largest(needed, 24 * GIB, 1600, 22 * GIB, length_grain, 131072)
+    assert needed(found) <= 24 * GIB < needed(int(1.1 * found))

@@ -12,7 +12,7 @@ from mud_puppy.model import axes, init
 from mud_puppy.parallel import make_mesh, shardings
 from mud_puppy.plan.step import build, shapes_of
 from mud_puppy.run.prepare import load_params, prepare
-from tests.tiny import tiny_model
+from tests.tiny import SIZES, tiny_model
 
 ROWS, LENGTH = 2, 64
 METHODS = {
@@ -151,3 +151,14 @@ def test_random_params_have_the_plans_shapes():
     params = init(model.arch, jax.random.key(0))
     assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, shapes)
     assert shardings(make_mesh(), axes(model.arch), shapes) is not None
+
+
+def test_an_embedding_that_is_looked_up_is_not_counted_as_read():
+    """What a step reads at least: all its arguments, but of an untied embedding a few rows."""
+    untied = {"model_type": "llama", "tie_word_embeddings": False, **SIZES}
+    keys = METHODS["lora"]
+    step, _ = planned(config_of("-", keys), untied)
+    assert step.held.looked_up == 64 * 32 * 2
+    tied, _ = planned(config_of("-", keys), untied | {"tie_word_embeddings": True})
+    trained, _ = planned(config_of("-", METHODS["full"]), untied)
+    assert tied.held.looked_up == trained.held.looked_up == 0

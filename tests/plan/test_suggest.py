@@ -3,6 +3,7 @@
 import pytest
 
 from mud_puppy.config import Config
+from mud_puppy.errors import UserError
 from mud_puppy.plan.suggest import EXACT, LONG, OTHERS, suggest, together
 
 BASE = {"model": "m", "dataset": "d", "output": "o"}
@@ -86,3 +87,27 @@ def test_levers_together_see_each_other():
         "quant_embeddings": True,
     }  # fmt: skip
     assert set(together(config, 1, LONG)) == {"sequence_tile", "gradient_checkpointing"}
+
+
+def test_a_change_that_the_model_cannot_have_is_passed_over(caplog):
+    def needs(changes, devices):
+        if changes.get("method") == "qlora":
+            raise UserError("rows of 333 are no multiple of the group of 64")
+        return 90 if "max_seq_length" in changes else 101
+
+    with caplog.at_level("INFO", "mud_puppy"):
+        found, _ = tried({"method": "lora"}, needs=needs)
+    assert [idea.changes for idea in found] == [{"max_seq_length": 1024}]
+    assert "no multiple of the group" in caplog.text
+
+
+def test_the_least_of_all_is_tried_on_one_card_and_on_several():
+    """32B in full does not fit 24 GB, nor do its adapters, nor codes alone."""
+    found, asked = tried(
+        {"method": "full"}, fixed=101, needs=lambda c, n: 90 if c.get("quant_embeddings") else 101
+    )
+    assert [idea.devices for idea in found] == [1, 2, 4]
+    assert all(idea.changes["method"] == "qlora" for idea in found)
+    assert found[0].changes["gradient_checkpointing"] == "offload"
+    found, _ = tried({"method": "full", "mesh": "data=1,fsdp=2"}, devices=2)
+    assert not found  # a mesh that is given is kept

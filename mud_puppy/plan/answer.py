@@ -183,21 +183,27 @@ def _searched(found: Plan, build: Compile) -> Plan:
             return needed(changes, count, count, length)
 
         most = padded_length(found.model_positions)
-        first = most if changes else found.length  # the levers often reach all
-        longest_row = largest(of, limit, first, fixed, length_grain, most)
-        return min(longest_row, found.model_positions)  # the last few tokens are padding
+        known, first = {0: fixed}, most if changes else found.length  # the levers often reach all
+        if not changes and found.rows == count:
+            known, first = known | {found.length: found.built.needed}, None
+        found_length = largest(of, limit, known, length_grain, most, first)
+        return min(found_length, found.model_positions)  # the last few tokens are padding
 
-    def most_rows() -> int:
+    def most_rows(longest_row: int) -> int:
         def of(rows: int) -> int:
             return needed({}, count, rows * count)
 
-        first, most = found.rows // count, MOST_ROWS // count
-        return count * largest(of, limit, first, fixed, lambda rows: 1, most)
+        known, most = {0: fixed, found.rows // count: found.built.needed}, MOST_ROWS // count
+        # So many rows have as many tokens as the longest row, and need about as much.
+        first = min(longest_row // found.length, most)
+        first = None if first in (0, *known) else first
+        return count * largest(of, limit, known, lambda rows: 1, most, first)
 
     pool = ThreadPoolExecutor(WORKERS)
     try:
-        rows, length = pool.submit(most_rows), pool.submit(longest, {})
+        length = pool.submit(longest, {})
         stretched = pool.submit(longest, found.stretch) if found.stretch else length
+        rows = pool.submit(most_rows, length.result())
         found = replace(
             found,
             searched=True,

@@ -4,40 +4,57 @@ Memory grows nearly in proportion to the tokens of a batch, so a line through wh
 at the next size to compile. What is answered was compiled itself, and fits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-STEPS = 4  # sizes compiled beyond the one that is known
-CLOSE = 0.02  # how near the limit, as a fraction of what may grow, ends the search
+STEPS = 5  # sizes compiled beyond those that are known
+CLOSE = 0.04  # how near the limit, as a fraction of what may grow, ends the search
+CLOSE_SIZE = 0.06  # or how much larger, as a fraction of what fits, a size may fit at best
 
 
 def largest(
     needed: Callable[[int], int],
     limit: int,
-    first: int,
-    fixed: int,
+    known: Mapping[int, int],
     grain: Callable[[int], int],
     most: int,
+    first: int | None = None,
 ) -> int:
     """The largest size found whose bytes, `needed(size)`, are at most `limit`; 0 for none.
 
-    first: a size to begin with. fixed: the bytes that do not grow with the size, for a first line.
-    grain(size): sizes near there are its multiples. most: no larger size is tried.
+    known: bytes of sizes that need not be compiled; of 0 those that do not grow, and of another one
+    unless `first` is given. grain(size): sizes
+    near there are its multiples. most: no larger size is tried. first: where to begin, if not where
+    the line through what is known points.
     """
-    if fixed > limit:
+    measured = dict(known)
+    if measured[0] > limit:
         return 0
-    measured = {0: fixed}
-    close = CLOSE * (limit - fixed)
-    aim = int(limit - close / 2)  # a line that is a little off should not lead too far
-    size = first
-    for left in range(STEPS, -1, -1):
-        measured[size] = needed(size)
-        fit = max(s for s, n in measured.items() if n <= limit)
-        over = min((s for s, n in measured.items() if n > limit), default=most + 1)
-        low, high = fit + grain(fit), _down(over - 1, grain)
-        if low > high or not left or (fit and limit - measured[fit] < close):
+    for step in range(STEPS):
+        size = first if first and not step else _next(measured, limit, grain, most)
+        if size is None:
             break
-        size = min(max(_down(_line(measured, aim), grain), low), high)
-    return fit
+        measured[size] = needed(size)
+    return max(s for s, n in measured.items() if n <= limit)
+
+
+def _next(
+    measured: dict[int, int], limit: int, grain: Callable[[int], int], most: int
+) -> int | None:
+    """The size to compile next, None when the largest is known well enough."""
+    close = CLOSE * (limit - measured[0])
+    fit = max(s for s, n in measured.items() if n <= limit)
+    over = min((s for s, n in measured.items() if n > limit), default=most + 1)
+    low, high = fit + grain(fit), _down(over - 1, grain)
+    near = (over <= most and over - fit < CLOSE_SIZE * fit) or limit - measured[fit] < close
+    if low > high or (fit and near):
+        return None
+    # Two sizes beside 0 say well what the next one takes.
+    most_likely = _down(_line(measured, limit), grain)
+    if len(measured) > 2 and most_likely < max(fit + 1, fit * (1 + CLOSE_SIZE)):
+        return None
+    # A line that is a little off should not lead too far.
+    size = _down(_line(measured, int(limit - close / 2)), grain)
+    return min(max(size, low), high)
 
 
 def _line(measured: dict[int, int], aim: int) -> int:

@@ -117,7 +117,7 @@ def test_an_end_does_not_wait_for_the_searches(monkeypatch, config):
                 fields = dict.fromkeys(Held.__annotations__, 0)
                 notes = {"held": fields, "flops": 1}
                 return Compiled(unit, Memory(GIB, 0, 0, 0, 0, 0), (), 0.1, notes)
-            if unit.arguments["rows"] == 1:
+            if unit.arguments["config"].get("sequence_tile"):
                 slow.set()
                 assert go.wait(60)
                 after.append("slow")

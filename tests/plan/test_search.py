@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mud_puppy.plan.search import CLOSE, STEPS, largest, length_grain
+from mud_puppy.plan.search import CLOSE, CLOSE_SIZE, STEPS, largest, length_grain
 
 GIB = 2**30
 
@@ -21,14 +21,16 @@ def test_the_longest_row_fits_and_is_near_the_limit(fixed, slope, bend, first):
         asked.append(length)
         return int(fixed + slope * length * (1 + bend * length / most))
 
-    found = largest(needed, limit, first, fixed, length_grain, most)
+    known = {0: fixed, first: needed(first)}
+    found = largest(needed, limit, known, length_grain, most)
     assert len(asked) <= STEPS + 1
     if not found:
         assert fixed > limit or needed(1024) > limit * (1 - CLOSE)
         return
     assert found in asked and needed(found) <= limit
     near = limit - needed(found) < 2 * CLOSE * limit
-    assert near or found == most or needed(found + 2 * length_grain(found)) > limit or bend
+    above = int(found * (1 + CLOSE_SIZE)) + 2 * length_grain(found)
+    assert near or found == most or needed(above) > limit or bend
 
 
 def test_rows_are_whole_and_found_in_few_steps():
@@ -38,15 +40,18 @@ def test_rows_are_whole_and_found_in_few_steps():
         asked.append(rows)
         return 6 + 2 * rows
 
-    assert largest(needed, 24, 1, 6, lambda rows: 1, 512) == 9
-    assert len(asked) <= 3
+    assert largest(needed, 24, {0: 6, 1: 8}, lambda rows: 1, 512) == 9
+    assert len(asked) <= 2
+    asked.clear()
+    assert largest(needed, 24, {0: 6, 1: 8}, lambda rows: 1, 512, first=9) == 9
+    assert asked == [9]
 
 
 def test_nothing_is_compiled_where_nothing_can_fit():
     def needed(size: int) -> int:
         raise AssertionError(size)
 
-    assert largest(needed, 10, 64, 11, length_grain, 4096) == 0
+    assert largest(needed, 10, {0: 11, 64: 12}, length_grain, 4096) == 0
 
 
 def test_near_is_a_part_of_what_can_grow():
@@ -55,5 +60,6 @@ def test_near_is_a_part_of_what_can_grow():
     def needed(size: int) -> int:
         return 22 * GIB + size * 2**20
 
-    found = largest(needed, 24 * GIB, 1600, 22 * GIB, length_grain, 131072)
+    known = {0: 22 * GIB, 1600: needed(1600)}
+    found = largest(needed, 24 * GIB, known, length_grain, 131072)
     assert needed(found) <= 24 * GIB < needed(int(1.1 * found))

@@ -63,7 +63,7 @@ def _failed(check: Check, probe: Probe) -> Finding:
     if check.kind == "kernel":
         what = f"A kernel is wrong here: {problem}."
         if probe.on_gpu:
-            fix = f"none needed to train: another implementation serves in its place, slower. {REPORT}"
+            fix = f"none needed to train: another implementation serves in its place. {REPORT}"
         else:
             fix = f"do not train here: there is nothing to take its place. {REPORT}"
         return Finding("kernel-wrong", what, where, fix)

@@ -3,7 +3,6 @@
 Both give a `Built`: what XLA planned, and what of it has a name.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from mud_puppy.errors import UserError
 from mud_puppy.parallel import make_mesh
 from mud_puppy.plan.places import Place
 from mud_puppy.plan.step import Held, build
-from mud_puppy.rocm.compile import CompileError, Compiler, Unit
+from mud_puppy.rocm.compile import CompileError, Compiler, Memory, Unit
 from mud_puppy.rocm.targets import Card
 
 WORKERS = 2
@@ -35,7 +34,6 @@ class Built:
     held: Held
     flops: int
     moved: int  # bytes that every step reads or writes at least once: arguments and results
-    seconds: float  # of tracing and compiling
 
 
 # compile(config, rows, length, devices): rows of an accumulation, over all devices.
@@ -83,7 +81,6 @@ def _on_card(
 ) -> Built:
     arguments = {"config": config.to_dict(), "source": source, "rows": rows, "length": length}
     unit = Unit(f"{__name__}:for_devices", arguments, card.name, devices=devices)
-    start = time.perf_counter()
     try:
         made = worker.compile(unit)
     except CompileError as error:
@@ -91,10 +88,7 @@ def _on_card(
         if kind == UserError.__name__:  # the config asks for what cannot be, on any card or on this
             raise UserError(words) from error
         raise UserError(f"the step does not compile for {card.name}: {error.said}") from error
-    seconds = time.perf_counter() - start
-    memory, held = made.memory, Held(**made.notes["held"])
-    moved = memory.argument + memory.output - held.looked_up
-    return Built(memory.needed, memory.host, held, made.notes["flops"], moved, seconds)
+    return _built(made.memory, Held(**made.notes["held"]), made.notes["flops"])
 
 
 def for_devices(
@@ -109,13 +103,12 @@ def for_devices(
 
 
 def _here(source: Any, config: Config, rows: int, length: int, devices: int) -> Built:
-    start = time.perf_counter()
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     with jax.set_mesh(mesh):
         step = build(config, source, mesh, rows, length)
-        stats = step.traced.lower().compile().memory_analysis()
-    seconds = time.perf_counter() - start
-    passed = stats.argument_size_in_bytes + stats.output_size_in_bytes
-    needed = passed - stats.alias_size_in_bytes + stats.temp_size_in_bytes
-    host, moved = stats.host_temp_size_in_bytes, passed - step.held.looked_up
-    return Built(needed, host, step.held, step.flops, moved, seconds)
+        return _built(Memory.of(step.traced.lower().compile()), step.held, step.flops)
+
+
+def _built(memory: Memory, held: Held, flops: int) -> Built:
+    moved = memory.argument + memory.output - held.looked_up
+    return Built(memory.needed, memory.host, held, flops, moved)

@@ -123,14 +123,13 @@ def _kept(loss: Any, train: Tree, frozen: Tree, batch: Tree) -> dict[Any, int]:
     micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
 
     def residuals(train: Tree, frozen: Tree, micro: Tree, key: Any) -> Any:
-        value, back = jax.vjp(lambda t: loss(t, frozen, None, micro, key, jnp.float32(1))[0], train)
-        return value, back
+        return jax.vjp(lambda t: loss(t, frozen, None, micro, key, jnp.float32(1))[0], train)[1]
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     jaxpr = jax.make_jaxpr(residuals)(train, frozen, micro, key).jaxpr
     found = dict.fromkeys(jax.memory.Space, 0)
     given, seen = {*map(id, jaxpr.invars)}, set()
-    for v in jaxpr.outvars[1:]:
+    for v in jaxpr.outvars:
         if not isinstance(v, Literal) and id(v) not in given | seen:
             found[v.aval.memory_space] += v.aval.size * v.aval.dtype.itemsize
             seen.add(id(v))

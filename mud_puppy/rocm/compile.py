@@ -62,6 +62,22 @@ class Memory:
     peak: int
     host: int
 
+    @staticmethod
+    def of(compiled: Any) -> "Memory":
+        """Of a `jax.stages.Compiled`."""
+        stats = compiled.memory_analysis()
+        return Memory(
+            argument=stats.argument_size_in_bytes,
+            output=stats.output_size_in_bytes,
+            alias=stats.alias_size_in_bytes,
+            temp=stats.temp_size_in_bytes,
+            peak=stats.peak_memory_in_bytes,
+            host=stats.host_argument_size_in_bytes
+            + stats.host_output_size_in_bytes
+            - stats.host_alias_size_in_bytes
+            + stats.host_temp_size_in_bytes,
+        )
+
     @property
     def needed(self) -> int:
         """Arguments, results that take no argument's place, and one block of temporaries."""

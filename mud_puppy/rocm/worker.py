@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from jaxlib import xla_client
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import target
 from mud_puppy.rocm import elf, settings, standins, targets
+from mud_puppy.rocm.compile import Memory
 
 # "001: kCustomKernel ... name grid: [8, 1, 4] threads: [256, 1, 1]  shared_memory: 16384 bytes"
 LAUNCH = re.compile(
@@ -130,7 +132,7 @@ class State:
         products = pallas_products(traced.jaxpr.jaxpr, inner_passes)
         for kernel in kernels:
             kernel |= products.get(kernel["name"], {"dots": 0, **NO_LOOP})
-        return {"memory": _memory(compiled), "kernels": kernels, "seconds": seconds}
+        return {"memory": asdict(Memory.of(compiled)), "kernels": kernels, "seconds": seconds}
 
     def tidy(self, number: int) -> None:
         """Of what XLA left behind, only the binaries stay."""
@@ -196,7 +198,12 @@ def _compile_traced(traced: Any, mesh: Mesh, notes: Any, options: dict) -> dict[
         lowered = traced.lower(lowering_platforms=("rocm",))
     compiled = lowered.compile(compiler_options=options)
     seconds = time.perf_counter() - start
-    return {"memory": _memory(compiled), "kernels": [], "seconds": seconds, "notes": notes}
+    return {
+        "memory": asdict(Memory.of(compiled)),
+        "kernels": [],
+        "seconds": seconds,
+        "notes": notes,
+    }
 
 
 @functools.cache
@@ -320,21 +327,6 @@ def _inner(equation: Any) -> list[Any]:
 
 def _is_jaxpr(value: Any) -> bool:
     return isinstance(value, (Jaxpr, ClosedJaxpr))
-
-
-def _memory(compiled: Any) -> dict[str, int]:
-    stats = compiled.memory_analysis()
-    return {
-        "argument": stats.argument_size_in_bytes,
-        "output": stats.output_size_in_bytes,
-        "alias": stats.alias_size_in_bytes,
-        "temp": stats.temp_size_in_bytes,
-        "peak": stats.peak_memory_in_bytes,
-        "host": stats.host_argument_size_in_bytes
-        + stats.host_output_size_in_bytes
-        - stats.host_alias_size_in_bytes
-        + stats.host_temp_size_in_bytes,
-    }
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class NoWorker(Compiler):
 
 
 def built(needed=GIB, flops=10**15) -> Built:
-    return Built(needed, 0, Held(0, 0, 0, 0, 0, 0, 0, 0), flops, 1, 0.1)
+    return Built(needed, 0, Held(0, 0, 0, 0, 0, 0, 0, 0), flops, 1)
 
 
 @pytest.fixture

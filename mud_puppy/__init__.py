@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from mud_puppy.config import Config
     from mud_puppy.errors import UserError
     from mud_puppy.export import save_hf
-    from mud_puppy.model import Cache, Inputs, Model, abstract, load, load_tokenizer
+    from mud_puppy.model import (
+        Cache,
+        Inputs,
+        Model,
+        abstract,
+        load,
+        load_tokenizer,
+        resize_embeddings,
+    )
     from mud_puppy.model.mha import FlashMHA
     from mud_puppy.parallel import make_mesh
     from mud_puppy.sampling import generate
@@ -66,6 +74,7 @@ _HOME = {
     "merge_lora": "weights",
     "partition": "weights",
     "quantize": "weights",
+    "resize_embeddings": "model",
     "save_adapter": "weights",
     "save_hf": "export",
     "strip_lora": "weights",

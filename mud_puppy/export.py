@@ -5,18 +5,21 @@ Tensors go to disk one at a time, each gathered from its shards, merged and roun
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import Quantized
+from mud_puppy.model.families import rows
 from mud_puppy.model.files import find_model
 from mud_puppy.model.load import check_dtype
-from mud_puppy.model.module import Model
+from mud_puppy.model.module import Model, path_in_table
 from mud_puppy.model.names import flatten, hf_names
 from mud_puppy.model.quantized_files import Writer, writer
 from mud_puppy.model.save import Spec, write_configs, write_tokenizer, write_weights
@@ -59,10 +62,10 @@ def save_merged(
     """`save_hf` with every adapter added into its base, in float32, rounded once."""
     check_dtype(dtype)
     places = _places(model, params)
-    specs = {name: _spec(*place, dtype) for name, place in places.items()}
+    specs = {name: _spec(place, dtype) for name, place in places.items()}
 
     def tensor(name: str) -> np.ndarray:
-        return np.asarray(_tensor(*places[name], specs[name][1]))
+        return _read(places[name], specs[name][1])
 
     whole = dtype or _widest(specs)
     _write(model, Path(out).expanduser(), specs, tensor, whole, tokenizer, max_shard_bytes)
@@ -88,13 +91,13 @@ def save_quantized(
     places = _places(model, params)
     coded = _coded(places, dtype)
     layout = layout or _layout(places, dtype)
-    packed = lru_cache(maxsize=1)(lambda module: layout.pack(_one(*coded[module])))
+    packed = lru_cache(maxsize=1)(lambda module: layout.pack(_one(coded[module])))
     specs: dict[str, Spec] = {}
     of: dict[str, tuple[str, str]] = {}
     for name, place in places.items():
         module = name.removesuffix(".weight")
         if module not in coded:
-            specs[name] = _spec(*place, dtype)
+            specs[name] = _spec(place, dtype)
             continue
         # Each is packed, here and again to be written: texts in a layout have lengths of their own.
         for suffix, array in packed(module).items():
@@ -105,7 +108,7 @@ def save_quantized(
         if name in of:
             module, suffix = of[name]
             return packed(module)[suffix]
-        return np.asarray(_tensor(*places[name], specs[name][1]))
+        return _read(places[name], specs[name][1])
 
     extra = {"quantization_config": layout.config}
     _write(model, Path(out).expanduser(), specs, tensor, dtype, tokenizer, max_shard_bytes, extra)
@@ -120,30 +123,40 @@ def _refuse_adapters(params: Tree) -> None:
         )
 
 
-Place = tuple[Any, int | None]  # a leaf, and which layer of it
+@dataclass(frozen=True)
+class Place:
+    """What of a leaf one tensor of a file is: its part at `at` (layer, expert), and as in `Row`."""
+
+    leaf: Any
+    at: tuple[int, ...] = ()
+    transposed: bool = False
+    wide: bool = False
 
 
 def _places(model: Model, params: Tree) -> dict[str, Place]:
     """Where each HF tensor is."""
-    leaves = flatten(params)
-    return {
-        name: (leaves[path], layer if path.startswith("layers/") else None)
-        for path, names in hf_names(model.arch, params).items()
-        for layer, name in enumerate(names)
-    }
+    leaves, table = flatten(params), rows(model.arch)
+    places = {}
+    for path, names in hf_names(model.arch, params).items():
+        row, leaf = table[path_in_table(path)], leaves[path]
+        # Layers, and experts where each is a tensor of its own.
+        lead = base_of(leaf).shape[: path.startswith("layers/") + ("{e}" in row.hf)]
+        for name, at in zip(names, np.ndindex(lead), strict=True):
+            places[name] = Place(leaf, at, row.transposed, row.wide)
+    return places
 
 
 def _coded(places: dict[str, Place], dtype: str) -> dict[str, Place]:
     """Where the weights in codes are, by module."""
     found = {name.removesuffix(".weight"): place for name, place in _linears(places, dtype)}
-    return {module: place for module, place in found.items() if isinstance(place[0], _CODES)}
+    return {module: place for module, place in found.items() if isinstance(place.leaf, _CODES)}
 
 
 def _linears(places: dict[str, Place], dtype: str) -> list[tuple[str, Place]]:
     return [
         (name, place)
         for name, place in places.items()
-        if name.endswith(".weight") and len(_spec(*place, dtype)[0]) == 2
+        if name.endswith(".weight") and len(_spec(place, dtype)[0]) == 2
     ]
 
 
@@ -157,18 +170,17 @@ def _layout(places: dict[str, Place], dtype: str) -> Writer:
     """How the weights are written; UserError where no layout holds them."""
     shapes = {}
     for name, place in _linears(places, dtype):
-        coded = isinstance(place[0], _CODES)
-        shapes[name.removesuffix(".weight")] = _one(*place, abstract=True) if coded else None
+        coded = isinstance(place.leaf, _CODES)
+        shapes[name.removesuffix(".weight")] = _one(place, abstract=True) if coded else None
     return writer(shapes, dtype)
 
 
-def _one(leaf: Any, layer: int | None, abstract: bool = False) -> Any:
+def _one(place: Place, abstract: bool = False) -> Any:
     """A weight without its stack; abstract: its shapes."""
-    if layer is None:
-        return leaf
+    lead = len(place.at)
     if abstract:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), leaf)
-    return jax.tree.map(lambda x: x[layer], leaf)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[lead:], x.dtype), place.leaf)
+    return jax.tree.map(lambda x: x[place.at], place.leaf)
 
 
 def _write(
@@ -192,18 +204,24 @@ def _write(
         raise UserError(f"{out}: the model cannot be written: {error}") from None
 
 
-def _spec(leaf: Any, layer: int | None, dtype: str | None) -> Spec:
-    base = base_of(leaf)
-    shape = base.shape if layer is None else base.shape[1:]
-    return tuple(shape), np.dtype(dtype or base.dtype)
+def _spec(place: Place, dtype: str | None) -> Spec:
+    base = base_of(place.leaf)
+    shape = tuple(base.shape[len(place.at) :])
+    shape = (*shape[:-2], shape[-1], shape[-2]) if place.transposed else shape
+    return shape, np.dtype("float32" if place.wide else dtype or base.dtype)
 
 
-@partial(jax.jit, static_argnums=2)
-def _tensor(leaf: Any, layer: Any, dtype: np.dtype) -> jax.Array:
-    # The layer's number is an argument, not a constant: one compilation serves all layers.
-    if layer is not None:
-        leaf = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), leaf)
-    return (dense(leaf) if is_weight(leaf) else leaf).astype(dtype)
+def _read(place: Place, dtype: np.dtype) -> np.ndarray:
+    # A place is an argument, not a constant: one compilation serves all layers.
+    return np.asarray(_tensor(place.leaf, np.asarray(place.at, np.int32), place.transposed, dtype))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _tensor(leaf: Any, at: jax.Array, transposed: bool, dtype: np.dtype) -> jax.Array:
+    for i in at:
+        leaf = jax.tree.map(lambda x, i=i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), leaf)
+    x = (dense(leaf) if is_weight(leaf) else leaf).astype(dtype)
+    return jnp.swapaxes(x, -1, -2) if transposed else x
 
 
 def _widest(specs: dict[str, Spec]) -> str:

@@ -14,13 +14,14 @@ from tqdm import tqdm
 from mud_puppy.config import DTYPES, Config
 from mud_puppy.errors import UserError
 from mud_puppy.export import check_codes, save_hf, save_merged, save_quantized
-from mud_puppy.model import Model, abstract, load, load_tokenizer
+from mud_puppy.model import Model, abstract, load
 from mud_puppy.model.load import check_dtype
 from mud_puppy.model.names import hf_names
 from mud_puppy.model.save import write_tokenizer
 from mud_puppy.parallel import make_mesh
 from mud_puppy.run.checkpoint import Checkpoints
 from mud_puppy.run.prepare import load_params, merge_scheme, on_grid, prepare
+from mud_puppy.run.vocabulary import run_tokenizer
 from mud_puppy.weights import (
     Scheme,
     finish_fake_quant,
@@ -112,7 +113,7 @@ def export_run(
         # The length of the run decides the learning rate alone, which nothing here asks for.
         prepared = prepare(config, model, params, mesh, total_steps=1)
         state = Checkpoints(folder).replace(prepared.state, step).state
-        tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        tokenizer = run_tokenizer(config)
         if merge:
             write_merged(config, output, model, prepared.params(state), tokenizer)
         else:

@@ -19,7 +19,7 @@ import jax
 from mud_puppy.config import Config, check_output, clear_output
 from mud_puppy.data import prefetch
 from mud_puppy.gptq import run_gptq
-from mud_puppy.model import Model, abstract, load_tokenizer
+from mud_puppy.model import Model, abstract
 from mud_puppy.parallel import batch_devices, make_mesh
 from mud_puppy.results import check_result, merged_params, write_merged, write_result
 from mud_puppy.run.checkpoint import Checkpoints
@@ -30,6 +30,7 @@ from mud_puppy.run.prepare import Prepared, check_asked, load_params, prepare
 from mud_puppy.run.prompts import uses_chat
 from mud_puppy.run.record import changed_keys
 from mud_puppy.run.recorder import Recorder
+from mud_puppy.run.vocabulary import run_tokenizer, with_room
 from mud_puppy.sampling import generate
 
 Tree = Any
@@ -64,7 +65,8 @@ def train(source: Config | Mapping[str, Any] | str | os.PathLike) -> Result:
     shaped, shapes = abstract(config.model, trust_remote_code=config.trust_remote_code)
     check_asked(config, shapes)
     check_result(config, shaped, shapes)
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = run_tokenizer(config)
+    shaped, _ = with_room(config, shaped, shapes, tokenizer)
     data = load_data(config, shaped, tokenizer, batch_devices(mesh))
     with jax.set_mesh(mesh), memory_errors():
         model, params = load_params(config, mesh)

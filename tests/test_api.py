@@ -13,6 +13,7 @@ DELIVERED = {
     "kernels.fbgemm kernels.quantize_per_tensor kernels.quantize_per_channel kernels.dequantize "
     "kernels.quantized_layernorm",
     4: "quantize fake_quant",
+    6: "resize_embeddings",
 }
 COMING = {
     7: "losses.dpo losses.ipo losses.kto losses.orpo losses.simpo losses.reward "

@@ -61,6 +61,7 @@ CONTEXT = {
     "eval_steps": {"eval_split": 0.1},
     "early_stopping": {"eval_split": 0.1},
     "adapter_mode": {"adapter": "a"},
+    "added_tokens": {"method": "full"},
     "merge_precision": {"merge_lora": True},
     "tokens_per_batch": {"max_seq_length": 2},
     "quant_backend": {"method": "qlora"},

@@ -154,7 +154,7 @@ def test_configs_say_what_was_written(source: Path, tmp_path: Path) -> None:
     assert config["rope_scaling"]["factor"] == 8.0
     copied = json.loads((tmp_path / "generation_config.json").read_text())
     assert copied == {"eos_token_id": 2, "temperature": 0.7}
-    assert abstract(tmp_path)[0].arch.rope == model.arch.rope
+    assert abstract(tmp_path)[0].arch.ropes == model.arch.ropes
     unknown, _ = abstract(FIELDS)
     save_hf(unknown, params, tmp_path / "b")
     made = json.loads((tmp_path / "b" / "generation_config.json").read_text())
@@ -188,6 +188,35 @@ def test_tokenizers_go_along(source: Path, tmp_path: Path) -> None:
     save_hf(model, params, tmp_path / "b")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_what_a_revision_of_the_hub_carries_goes_along(
+    source: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Tokenizer, added tokens and chat template, asked for at the revision that was loaded."""
+    tokenizer, asked = make_tokenizer(), []
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    snapshot = shutil.copytree(source, tmp_path / "snapshot")
+    tokenizer.save_pretrained(snapshot)
+
+    def download(repo: str, revision: str | None, patterns: list[str]) -> Path:
+        asked.append((repo, revision, "*.safetensors" in patterns))
+        return snapshot
+
+    monkeypatch.setattr("mud_puppy.model.files._download", download)
+    model, params = load("org/name@v1", dtype=None)
+    save_hf(model, params, tmp_path / "out", dtype=None, max_shard_bytes=20_000)
+    assert asked == [("org/name", "v1", True), ("org/name", "v1", False)]
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (snapshot / name).read_bytes()
+    again, text = load_tokenizer(tmp_path / "out"), "<think>hello</think><|im_start|>world"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"] == [5, 3, 6, 7, 4]
+    assert again.decode([7, 4], skip_special_tokens=True) == "world"
+    assert again.chat_template == tokenizer.chat_template
+    _, saved = load(tmp_path / "out", dtype=None)
+    assert all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(saved)))
 
 
 def test_a_model_without_tokenizer_says_so(source: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mud_puppy.model.decoder import rms_norm
+from mud_puppy.model.norm import rms_norm
 from mud_puppy.model.rope import rotate
 from mud_puppy.weights import Lora, linear, linears
 

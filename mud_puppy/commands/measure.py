@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from mud_puppy.config.keys import DTYPES, Config, Precision
+from mud_puppy.config.keys import DTYPES, MODEL, Config, Precision
 from mud_puppy.config.schema import AT_LEAST_1, AT_LEAST_2, REQUIRED, key
 from mud_puppy.errors import UserError
 
@@ -54,7 +54,7 @@ def run_preview(args: Preview) -> None:
 class Eval:
     """Measure a model on text: perplexity, and what codes made of it lose (KL)."""
 
-    model: str = _flag(REQUIRED, "model folder, hub id or GGUF file")
+    model: str = _flag(REQUIRED, MODEL)
     dataset: str = _flag(REQUIRED, "text or chat file, or hub data set")
     against: tuple[str, ...] = _flag(
         (), "formats to try (nf4, int4, int8, mxfp4, fp8) or folders of the model in codes"

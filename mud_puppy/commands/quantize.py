@@ -8,6 +8,7 @@ from mud_puppy.config.keys import (
     DTYPES,
     GPTQ_BITS,
     GPTQ_GROUP,
+    MODEL,
     ROW,
     Backend,
     Config,
@@ -28,7 +29,7 @@ _RESUME = "go on with --resume, or "
 class Quantize:
     """Write the model with its linear weights in codes, as transformers and vLLM load them."""
 
-    model: str = _flag(REQUIRED, "model folder, hub id or GGUF file")
+    model: str = _flag(REQUIRED, MODEL)
     to: Format = _flag(REQUIRED, "format of the linear weights of the layers")
     output: str = _flag(REQUIRED, "folder for the quantized model")
     group: int | None = _flag(

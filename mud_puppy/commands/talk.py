@@ -4,29 +4,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mud_puppy.config.keys import DTYPES, Precision
-from mud_puppy.config.schema import AT_LEAST_1, NOT_NEGATIVE, REQUIRED, Limit, Parser, key
+from mud_puppy.config.keys import DTYPES, MODEL, Precision
+from mud_puppy.config.schema import AT_LEAST_1, NOT_NEGATIVE, REQUIRED, Limit, Parser, key, texts
 
 _flag = partial(key, "flags")
 _TOP_P = Limit("above 0 and at most 1", lambda v: 0 < v <= 1)
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else tuple(value)
-    if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError
-    "".join(texts).encode()  # bytes of the terminal that are no UTF-8
-    return texts
-
-
-_PROMPTS = Parser("a non-empty text", _texts)
+_PROMPTS = Parser("a non-empty text", texts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Talk:
     """What generate and chat share: the model and how it chooses words."""
 
-    model: str = _flag(REQUIRED, "model folder, hub id or GGUF file")
+    model: str = _flag(REQUIRED, MODEL)
     adapter: str | None = _flag(None, "PEFT adapter folder to add")
     precision: Precision = _flag("bf16", "type that the model computes in")
     max_new_tokens: int = _flag(256, "longest answer in tokens", AT_LEAST_1)

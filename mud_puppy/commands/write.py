@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mud_puppy.config.keys import DTYPES, Stored
+from mud_puppy.config.keys import DTYPES, MODEL, Stored
 from mud_puppy.config.output import empty
 from mud_puppy.config.schema import AT_LEAST_1, REQUIRED, key
 from mud_puppy.errors import UserError
@@ -17,7 +17,7 @@ _flag = partial(key, "flags")
 class Merge:
     """Add the adapter to the model's weights and write the merged model."""
 
-    model: str = _flag(REQUIRED, "model folder, hub id or GGUF file")
+    model: str = _flag(REQUIRED, MODEL)
     adapter: str = _flag(REQUIRED, "PEFT adapter folder")
     output: str = _flag(REQUIRED, "folder for the merged model")
     merge_precision: Stored | None = _flag(

@@ -30,6 +30,7 @@ from mud_puppy.config.schema import (
     keys_of,
     names,
     shown,
+    texts,
 )
 from mud_puppy.config.source import Given, convert_all, from_flags, from_source
 from mud_puppy.errors import UserError, nearest
@@ -52,11 +53,16 @@ DTYPES = {
 }
 MESH_AXES = ("data", "fsdp")
 FULL_LEARNING_RATE = 2e-5
+MODEL = "model folder, GGUF file or hub id (org/name, or org/name@revision)"
 ROW = -1  # gptq_group_size: one group, the whole row, as quantize_config.json says it
 
 _TRAINS = Need("a method other than gptq", lambda c: c.method != "gptq")
 _GPTQ = Need("method gptq", lambda c: c.method == "gptq")
 _LORA = Need("method lora or qlora, or qat with qat_lora", lambda c: c.adapts)
+_NEW_ROWS = Need(
+    "method full, or qat without qat_lora (adapters have no rows for new tokens)",
+    lambda c: c.method in ("full", "qat") and not c.adapts,
+)
 _NEW_ADAPTER = Need(
     "a new adapter: method lora or qlora, or qat with qat_lora, and adapter_mode stack if adapter "
     "is set (continue keeps its own)",
@@ -152,6 +158,7 @@ GPTQ_BITS = Limit("among 2, 3, 4 and 8", lambda v: v in (2, 3, 4, 8))
 GPTQ_GROUP = Parser("a whole number at least 2, or -1 for a whole row", _group)
 _MESH = Parser("a mesh such as data=2,fsdp=4", _mesh)
 _TARGETS = Parser("all-linear, module names or a regular expression", _targets)
+_TEXTS = Parser("a text or a list of texts", texts)
 _PROMPTS = Parser("a count or a list of prompts", _prompts)
 
 _run = partial(key, "run")
@@ -166,7 +173,7 @@ _devices = partial(key, "devices")
 class Config:
     """All keys of a run, converted and checked; make one with `Config.load`."""
 
-    model: str = _run(REQUIRED, "model folder, hub id or GGUF file")
+    model: str = _run(REQUIRED, MODEL)
     dataset: str = _run(REQUIRED, "JSONL, JSON, CSV, parquet or text file, or hub data set")
     output: str = _run(REQUIRED, "folder for the result, checkpoints and report")
     method: Method = _run("lora", "what is trained (gptq: nothing, the weights are quantized)")
@@ -196,6 +203,13 @@ class Config:
     max_seq_length: int = _data(2048, "longest example in tokens", AT_LEAST_2)
     pack_sequences: bool = _data(True, "put several examples into one row (no attention between)")
     chat_template: bool = _data(True, "use the tokenizer's chat template when it has one")
+    added_tokens: tuple[str, ...] | None = _data(
+        None,
+        "tokens that tokenizer and embedding get before the training",
+        _TEXTS,
+        needs=_NEW_ROWS,
+        repeat=True,
+    )
     train_on_prompt: bool = _data(False, "train on every token, not on the answers only")
     roles_to_train: tuple[str, ...] = _data(
         ("assistant",), "roles whose messages are trained on", needs=_NO_PROMPT

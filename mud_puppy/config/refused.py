@@ -20,6 +20,7 @@ VALUES: dict[tuple[str, str], str] = {
 
 KEYS: dict[str, str] = {
     "preference": _PREFERENCE,
+    "revision": "is part of the model's name: org/name@revision; remove it",
     "compile": "has no meaning here: every step is already compiled by XLA; remove it",
     "stream": "arrives with the scaling issue; remove it",
     "prefetch_layers": "belongs to stream, which arrives with the scaling issue; remove it",

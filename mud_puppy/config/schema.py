@@ -208,6 +208,15 @@ def names(value: Any) -> tuple[str, ...]:
     return found
 
 
+def texts(value: Any) -> tuple[str, ...]:
+    """One text or a list of them, as they are; at least one, none empty."""
+    found = (value,) if isinstance(value, str) else tuple(value)
+    if not found or not all(isinstance(text, str) and text for text in found):
+        raise ValueError
+    "".join(found).encode()  # bytes of the terminal that are no UTF-8
+    return found
+
+
 _READERS: dict[Any, Callable[[Any], Any]] = {
     bool: _bool,
     int: _int,

@@ -4,6 +4,7 @@ from mud_puppy.model.arch import Arch, Rope
 from mud_puppy.model.decoder import Cache, Inputs, head, make_cache, scan_layers
 from mud_puppy.model.load import abstract, load
 from mud_puppy.model.module import Decoder, Model, axes, build, init
+from mud_puppy.model.resize import resize_embeddings
 from mud_puppy.model.tokenizer import load_tokenizer
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "load",
     "load_tokenizer",
     "make_cache",
+    "resize_embeddings",
     "scan_layers",
 ]

@@ -18,23 +18,46 @@ from mud_puppy.parallel import BATCH
 def attend(
     q: Float[Array, "B T H hd"],
     k: Float[Array, "B T K hd"],
-    v: Float[Array, "B T K hd"],
+    v: Float[Array, "B T K vd"],
     segment_ids: Int[Array, "B T"] | None,
-    window: int | None,
-) -> Float[Array, "B T H hd"]:
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
+) -> Float[Array, "B T H vd"]:
     """Causal `flash_attention` on the ambient mesh (`jax.set_mesh`); without one, directly.
 
     A batch that the devices do not divide is computed whole on each.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    call = partial(_flash, window)
+    call = partial(_flash, window, scale, softcap)
     if mesh.empty or mesh.size == 1:
-        return call(q, k, v, segment_ids)
+        return call(q, k, v, segment_ids, sinks)
     spec = PartitionSpec() if q.shape[0] % mesh.size else BATCH
+    specs = (spec,) * 4 + (PartitionSpec(),)
     # check_vma: the kernels' custom_vjps do not say how their results vary over the mesh.
-    sharded = jax.shard_map(call, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)
-    return sharded(q, k, v, segment_ids)
+    sharded = jax.shard_map(call, in_specs=specs, out_specs=spec, check_vma=False)
+    return sharded(q, k, v, segment_ids, sinks)
 
 
-def _flash(window: int | None, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-    return flash_attention(q, k, v, window=window, segment_ids=segment_ids)
+def _flash(
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    sinks: Array | None,
+) -> Array:
+    return flash_attention(
+        q,
+        k,
+        v,
+        window=window,
+        segment_ids=segment_ids,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+    )

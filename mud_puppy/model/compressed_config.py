@@ -1,8 +1,9 @@
 """config.json's `quantization_config` of compressed-tensors, written and read.
 
 Source: https://github.com/vllm-project/compressed-tensors at 0.20, quantization/quant_config.py and
-utils/match.py. What this project does not read (nvfp4, blocks, activations other than int8 with a
-scale each token, sparsity, quantized caches) is refused by name, never skipped.
+utils/match.py. What this project does not read (nvfp4, sparsity, quantized caches) is refused by
+name, never skipped. Inputs are rounded where they are int8 with a scale each token; in other ways
+(float8, scales of the file) they are not, which `Scheme.unrounded` says.
 """
 
 import re
@@ -129,45 +130,55 @@ def _scheme(group: Config, config: Config) -> Scheme | None:
         _check_floats(bits, packed, symmetric, strategy, size)
     else:
         _check_integers(bits, symmetric, strategy)
-    _check_inputs(inputs, type)
-    sizes = {"tensor": "tensor", "channel": "row", "group": size}
-    activations = "none" if inputs is None else "int8"
-    return Scheme(bits, sizes[strategy], symmetric, activations, packed, type)
+    if strategy == "block":
+        block, size = _block(weights.get("block_structure"))
+    else:
+        block, size = 1, {"tensor": "tensor", "channel": "row", "group": size}[strategy]
+    if not isinstance(size, str) and not (isinstance(size, int) and size > 0):
+        raise UserError(f"quantization_config: weights group_size is {size!r}, not a size")
+    activations, unrounded = _inputs(inputs, type == "int" and (bits == 4 or symmetric))
+    return Scheme(bits, size, symmetric, activations, packed, type, block, unrounded)
 
 
 def _check_integers(bits: Any, symmetric: Any, strategy: Any) -> None:
     _require("weights num_bits", bits, [4, 8])
     _require("weights strategy", strategy, ["tensor", "channel", "group"])
-    if bits == 8:
-        _require("int8 weights symmetric", symmetric, [True])
     if not symmetric:
         _require("asymmetric weights strategy", strategy, ["channel", "group"])
 
 
 def _check_floats(bits: Any, packed: bool, symmetric: Any, strategy: Any, size: Any) -> None:
-    """float8_e4m3fn with scales of rows or of the weight; mxfp4 is packed."""
+    """float8_e4m3fn with scales of rows, groups, blocks or of the weight; mxfp4 is packed."""
     what = f"{'packed ' if packed else ''}float weights"
+    known = ["group"] if packed else ["tensor", "channel", "group", "block"]
     _require(f"{what} num_bits", bits, [4 if packed else 8])
     _require(f"{what} symmetric", symmetric, [True])
-    _require(f"{what} strategy", strategy, ["group"] if packed else ["tensor", "channel"])
+    _require(f"{what} strategy", strategy, known)
     if packed:
         _require(f"{what} group_size", size, [32])
 
 
-def _check_inputs(inputs: Config | None, type: str) -> None:
-    """int8 inputs of integer weights, a scale for each token."""
+def _block(structure: Any) -> tuple[int, int]:
+    """Rows and inputs that share a scale."""
+    if not (isinstance(structure, list | tuple) and len(structure) == 2) or any(
+        not isinstance(size, int) or size < 1 for size in structure
+    ):
+        raise UserError(f"quantization_config: block_structure is {structure!r}, not two sizes")
+    return structure[0], structure[1]
+
+
+def _inputs(inputs: Config | None, integers: bool) -> tuple[str, str]:
+    """`Scheme.activations` and `unrounded`; integers: the weights' codes are whole numbers times
+    a scale, which products of rounded inputs need."""
     if inputs is None:
-        return
-    kind = inputs.get("type", "int")
-    if type == "float" or kind == "float":
-        raise UserError(
-            f"quantization_config: input_activations are {kind}{inputs.get('num_bits', 8)} a "
-            f"{inputs.get('strategy')}, and products of rounded inputs are of integers alone here"
-        )
-    _require("input_activations num_bits", inputs.get("num_bits", 8), [8])
-    _require("input_activations symmetric", inputs.get("symmetric", True), [True])
-    _require("input_activations dynamic", inputs.get("dynamic", False), [True])
-    _require("input_activations strategy", inputs.get("strategy"), ["token"])
+        return "none", ""
+    bits, strategy = inputs.get("num_bits", 8), inputs.get("strategy")
+    kind, dynamic = inputs.get("type", "int"), inputs.get("dynamic", False)
+    known = (kind, bits, strategy, dynamic, inputs.get("symmetric", True))
+    if integers and known == ("int", 8, "token", True, True):
+        return "int8", ""
+    scales = f"a {strategy}" if dynamic else f"a {strategy}, with scales of the file"
+    return "none", f"{kind}{bits} {scales}"
 
 
 def _strategy(group_size: int | None) -> str:

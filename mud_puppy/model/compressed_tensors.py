@@ -4,11 +4,13 @@
                      weight_zero_point int8 like the scales, where codes are not symmetric
     pack-quantized   weight_packed int32: codes + 2^(bits - 1) in consecutive bits, first lowest;
                      weight_scale; weight_shape int64 [2]; weight_zero_point packed along `out`
-    float-quantized  weight float8_e4m3fn [out, in]; weight_scale [out, 1] or [1]
+    float-quantized  weight float8_e4m3fn [out, in]; weight_scale [out, 1], [out, groups], [1], or
+                     of blocks: [out / block, groups], rounded up
     mxfp4-pack-quantized   weight_packed uint8 [out, in / 2]: E2M1, the first in the low nibble;
                      weight_scale uint8 [out, in / 32]: E8M0
 
-Which module has which is said in config.json (`compressed_config`). Source: the library's
+"naive-quantized" is the first or the third. Which module has which is said in config.json
+(`compressed_config`). EXTRAS are scales of inputs, which are not read. Source: the library's
 compressors, https://github.com/vllm-project/compressed-tensors at 0.20. Other floats (nvfp4, mxfp6,
 mxfp8) are not read.
 """
@@ -30,6 +32,7 @@ from mud_puppy.model.compressed_bits import (
     unsigned,
     words,
 )
+from mud_puppy.model.mxfp4_format import check_scales
 from mud_puppy.model.tensors import checked
 from mud_puppy.weights import Int8Dynamic
 
@@ -48,6 +51,8 @@ class Scheme:
     bits: 4 or 8. group: inputs that share a scale, or "row" or "tensor" (as `kernels.quantize`).
     activations: "none" or "int8" (dynamic, a scale each token). packed: several codes a word.
     type: "int", or "float": float8_e4m3fn of 8 bits, and mxfp4 of 4, which is packed.
+    block: rows that share a scale (only read). unrounded: what the config says of inputs that are
+    left as they are here ("float8 a token").
     """
 
     bits: int
@@ -56,6 +61,11 @@ class Scheme:
     activations: str = "none"
     packed: bool = False
     type: str = "int"
+    block: int = 1
+    unrounded: str = ""
+
+
+EXTRAS = ("input_scale", "input_zero_point")
 
 
 def scheme_of(w: Quantized | Int8Dynamic, packed: bool | None = None) -> Scheme:
@@ -111,19 +121,22 @@ def read(
     """The inverse of `pack`, in numpy; dtype: what `dequantize` returns. UserError for tensors that
     are missing, left over, or of another shape than a weight of `shape` has."""
     out, size = shape
-    if set(tensors) != set(suffixes(scheme)):
+    if set(tensors) - set(EXTRAS) != set(suffixes(scheme)):
         raise UserError(f"expected {', '.join(suffixes(scheme))}; got {', '.join(sorted(tensors))}")
     groups = 1 if isinstance(scheme.group, str) else -(-size // scheme.group)
     if isinstance(scheme.group, int) and size % scheme.group:
         raise UserError(f"rows of {size} are not whole groups of {scheme.group}")
-    rows = (1,) if scheme.group == "tensor" else (out, groups)
+    rows = (1,) if scheme.group == "tensor" else (-(-out // scheme.block), groups)
     kind = np.uint8 if scheme.type == "float" and scheme.packed else None
     scales, zeros = checked(tensors, "weight_scale", rows, kind).reshape(-1, groups), None
+    if scheme.block > 1:  # a row has its own copy of what it shares
+        scales = np.repeat(scales, scheme.block, axis=0)[:out]
     if scheme.type == "int":
         format = f"int{scheme.bits}"
         codes, zeros = _read_integers(tensors, shape, scheme, rows)
     elif scheme.packed:
         format = "mxfp4"
+        check_scales(scales, "weight_scale")
         codes = swap_nibbles(checked(tensors, "weight_packed", (out, size // 2), np.uint8))
     else:
         format = "fp8_e4m3fn"
@@ -134,6 +147,8 @@ def read(
 def _pack_integers(q: Quantized, scheme: Scheme) -> dict[str, np.ndarray]:
     """What `pack` returns of codes and zero points."""
     codes, zeros = _codes(q), None if q.zeros is None else np.asarray(q.zeros)
+    if zeros is not None and scheme.bits == 8:
+        zeros = unsigned(zeros, 128)
     if scheme.packed:
         tensors = {"weight_packed": pack_words(codes, scheme.bits)}
         tensors["weight_shape"] = np.array(codes.shape, np.int64)
@@ -168,7 +183,7 @@ def _read_integers(
         if not scheme.symmetric:
             zeros = unsigned(checked(tensors, "weight_zero_point", rows, np.int8), offset)
     if scheme.bits == 8:
-        return signed(codes, 128), None
+        return signed(codes, 128), None if zeros is None else signed(zeros, 128)
     if size % 2:
         raise UserError(f"rows of {size} are odd, and int4 is held in pairs")
     return (codes[:, ::2] << 4) | codes[:, 1::2], zeros

@@ -2,9 +2,7 @@
 
 Linears are decoded (`gguf.quants`) a block of rows at a time to float32; `gguf_codes` keeps codes.
 llama.cpp stores the rows of q and k of llama models with each head's rotary pairs side by side;
-they are put back here.
-Metadata that would change the model and that nothing here reads is refused.
-Names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+they are put back here. The config is `gguf_config`'s.
 """
 
 import mmap
@@ -18,10 +16,13 @@ import gguf
 import numpy as np
 
 from mud_puppy.errors import UserError
+from mud_puppy.model.gguf_config import ROPE_FACTORS, config_fields, metadata
+from mud_puppy.model.gguf_header import check_header
 from mud_puppy.model.hf_config import to_config
 from mud_puppy.model.tensors import Stored
 
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+__all__ = ["Encoded", "metadata", "open_gguf", "open_reader"]
+
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -53,9 +54,11 @@ class Encoded(Stored):
 def open_gguf(path: Path) -> tuple[Any, dict[str, Stored]]:
     """(transformers config, tensors by HF name); rows are read in float32."""
     reader = open_reader(path)
-    config = to_config(_config(reader, path), str(path))
+    config = to_config(config_fields(reader, path), str(path))
     tensors = {}
     for tensor in reader.tensors:
+        if tensor.name == ROPE_FACTORS:
+            continue  # the config has them
         name = _hf_name(tensor.name, path)
         order = None
         if config.model_type in ("llama", "mistral") and "self_attn.q_proj" in name:
@@ -75,16 +78,14 @@ def open_gguf(path: Path) -> tuple[Any, dict[str, Stored]]:
 
 def open_reader(path: Path) -> gguf.GGUFReader:
     try:
+        check_header(path)
         return gguf.GGUFReader(path)
+    except UserError:
+        raise
     except Exception as error:  # the reader fails in as many ways as a file can be broken
         raise UserError(
             f"{path}: not a whole GGUF file ({error}); copy or download it again"
         ) from None
-
-
-def metadata(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
-    field = reader.fields.get(key)
-    return default if field is None else field.contents()
 
 
 def _read(
@@ -92,12 +93,15 @@ def _read(
 ) -> None:
     rows = tensor.data[a:b] if order is None else tensor.data[order[a:b]]
     try:
-        out[...] = gguf.dequantize(rows, tensor.tensor_type)
+        with np.errstate(all="ignore"):  # of scales that are no numbers, which are refused below
+            out[...] = gguf.dequantize(rows, tensor.tensor_type)
     except NotImplementedError:
         raise UserError(
             f"GGUF tensor '{tensor.name}' is stored as {tensor.tensor_type.name}, which the gguf "
             "package cannot decode; use the safetensors model"
         ) from None
+    if not np.isfinite(out).all():
+        raise UserError(f"GGUF tensor '{tensor.name}' holds a NaN or an infinity: a corrupt file")
     _forget(tensor)
 
 
@@ -130,89 +134,4 @@ def _hf_name(name: str, path: Path) -> str:
     parts = stem.split(".")
     if parts[0] == "blk" and len(parts) == 3 and parts[2] in _LAYER:
         return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{kind}"
-    hint = " (Llama 3.1's frequency scaling)" if stem == "rope_freqs" else ""
-    raise UserError(
-        f"{path}: tensor '{name}'{hint} is not read from GGUF; use the safetensors model"
-    )
-
-
-def _config(reader: gguf.GGUFReader, path: Path) -> dict[str, Any]:
-    """The fields of a config.json."""
-    family = metadata(reader, "general.architecture")
-    if family not in _ARCHITECTURES:
-        raise UserError(
-            f"{path}: GGUF architecture '{family}' is not read; "
-            f"architectures that load: {', '.join(_ARCHITECTURES)}"
-        )
-    start = f"{family}."
-    given = {
-        key.removeprefix(start): metadata(reader, key)
-        for key in reader.fields
-        if key.startswith(start)
-    }
-    try:
-        fields = _fields(given, family, {tensor.name: tensor.shape for tensor in reader.tensors})
-    except KeyError as error:
-        raise UserError(f"{path}: GGUF entry '{error.args[0]}' is missing") from None
-    if given:
-        raise UserError(
-            f"{path}: GGUF metadata that is not understood: "
-            + ", ".join(f"{start}{key}={value!r}" for key, value in sorted(given.items()))
-        )
-    for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        fields[f"{key}_token_id"] = metadata(reader, f"tokenizer.ggml.{name}_token_id")
-    return fields
-
-
-def _fields(given: dict[str, Any], family: str, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Config fields from the architecture's metadata, which is taken out of `given`."""
-    heads = given.pop("attention.head_count")
-    width = given.pop("embedding_length")
-    fields = {
-        "model_type": family,
-        "vocab_size": int(tensors["token_embd.weight"][1]),
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "num_hidden_layers": given.pop("block_count"),
-        "intermediate_size": given.pop("feed_forward_length"),
-        "num_key_value_heads": given.pop("attention.head_count_kv", heads),
-        "rms_norm_eps": _short(given.pop("attention.layer_norm_rms_epsilon")),
-        "max_position_embeddings": given.pop("context_length"),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "rope_parameters": _rope(given),
-    }
-    head_dim = given.pop("attention.key_length", width // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        # Another value would be a partial rotation or a second head size: left as not understood.
-        if given.get(key) == head_dim:
-            del given[key]
-    if given.get("vocab_size") == fields["vocab_size"]:
-        del given["vocab_size"]
-    if family != "qwen2":
-        fields["head_dim"] = head_dim
-    elif head_dim != width // heads:
-        given["attention.key_length"] = head_dim
-    if family == "llama" and "attention.sliding_window" in given:
-        # Files of Mistral models say llama.
-        window = given.pop("attention.sliding_window")
-        return fields | {"model_type": "mistral", "sliding_window": window}
-    if family == "llama":
-        fields["attention_bias"] = "blk.0.attn_q.bias" in tensors
-        fields["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-    return fields
-
-
-def _rope(given: dict[str, Any]) -> dict[str, Any]:
-    spec = {"rope_type": "default", "rope_theta": _short(given.pop("rope.freq_base", 10000.0))}
-    kind = given.pop("rope.scaling.type", "none")
-    if kind != "none":
-        spec |= {"rope_type": kind, "factor": _short(given.pop("rope.scaling.factor"))}
-        given.pop("rope.scaling.finetuned", None)
-    if kind == "yarn":
-        spec["original_max_position_embeddings"] = given.pop("rope.scaling.original_context_length")
-    return spec
-
-
-def _short(value: float) -> float:
-    """1e-5 for the float32 9.99999974e-06: the number that was written."""
-    return float(str(np.float32(value)))
+    raise UserError(f"{path}: tensor '{name}' is not read from GGUF; use the safetensors model")

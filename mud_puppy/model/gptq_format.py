@@ -17,13 +17,12 @@ from collections.abc import Mapping
 from math import gcd
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import Quantized
-from mud_puppy.weights.gptq import BITS, to_quantized
+from mud_puppy.kernels.formats import swap_nibbles
+from mud_puppy.weights.gptq import BITS
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 _FORMATS = ("gptq", "gptq_v2")
@@ -80,16 +79,33 @@ def _unpack(leaf: Quantized) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]
     return both.reshape(*codes.shape[:-1], -1), scales, zeros
 
 
+def why_floats(index: np.ndarray, groups: int) -> str:
+    """Why a weight with this g_idx is decoded; "" for one that stays in codes."""
+    if index.ndim != 1 or _ordered(index, groups):
+        return ""  # a shape that does not fit is `read`'s to name
+    return "their groups are not in the order of the inputs (GPTQ's desc_act without static groups)"
+
+
+def has_zeros(config: Mapping[str, Any], qzeros: np.ndarray) -> bool:
+    """Whether the leaf holds zero points: always, unless all are the middle by the config and in
+    the file."""
+    bits = int(config["bits"])
+    fits = qzeros.ndim == 2 and qzeros.dtype == np.int32 and not qzeros.shape[1] % _words(bits)
+    if not config.get("sym", True) or not fits:  # what does not fit is `read`'s to name
+        return True
+    return bool((_zeros(config, qzeros) != 1 << (bits - 1)).any())
+
+
 def read(
     tensors: Mapping[str, np.ndarray], shape: tuple[int, int], config: Mapping[str, Any], dtype: Any
-) -> Quantized | jax.Array:
-    """The weight [out, in] of the tensors of one linear (by suffix), of a `quantization_config`.
+) -> Quantized | np.ndarray:
+    """The weight [out, in] of the tensors of one linear (by suffix), of a `quantization_config`;
+    dtype: what `dequantize` returns.
 
-    Where g_idx is not in the order of the inputs (`desc_act` without static groups), no leaf holds
-    the groups, and the weight is decoded to `dtype`. UserError for shapes that do not fit.
+    float32 [out, in] where `why_floats` says so. UserError for shapes that do not fit.
     """
-    bits, groups = int(config["bits"]), tensors["scales"].shape[0]
-    (out, n), per_group = shape, -(-shape[1] // groups)
+    bits, groups = int(config["bits"]), _groups(tensors["scales"])
+    out, n = shape
     check_shape((out, n), bits)
     expected = {
         "qweight": (n * bits // 32, out),
@@ -98,25 +114,62 @@ def read(
         "g_idx": (n,),
     }
     for suffix, size in expected.items():
-        if suffix in tensors and tensors[suffix].shape != size:
+        if suffix not in tensors:
+            continue
+        if suffix != "scales" and tensors[suffix].dtype != np.int32:
+            raise UserError(f"GPTQ tensor '{suffix}' is {tensors[suffix].dtype.name}, not int32")
+        if tensors[suffix].shape != size:
             raise UserError(
                 f"GPTQ tensor '{suffix}' has shape {tensors[suffix].shape}, but a weight "
                 f"{shape} of {bits} bits in {groups} groups says {size}"
             )
-    codes = np.ascontiguousarray(_from_words(tensors["qweight"], bits).T)
-    zeros = _from_words(tensors["qzeros"].T, bits)
-    if config.get("checkpoint_format", "gptq") == "gptq":
-        zeros = (zeros + 1) & ((1 << bits) - 1)
+    zeros = _zeros(config, tensors["qzeros"])
     scales = np.ascontiguousarray(tensors["scales"].T.astype(np.float32))
-    index = tensors.get("g_idx", np.arange(n) // per_group)
-    if n % groups or (index != np.arange(n) // per_group).any():
+    index = tensors.get("g_idx", np.arange(n) // -(-n // groups))
+    if n % groups or not _ordered(index, groups):
         if index.min() < 0 or index.max() >= groups:
             raise UserError(f"GPTQ tensor 'g_idx' names group {index.max()} of {groups}")
-        values = (codes.astype(np.float32) - zeros[:, index]) * scales[:, index]
-        return jnp.asarray(values, dtype)
-    plain = (zeros == 1 << (bits - 1)).all()
-    stored = None if plain else jnp.asarray(zeros)
-    return to_quantized(jnp.asarray(codes), jnp.asarray(scales), stored, bits, dtype)
+        codes = _from_words(tensors["qweight"], bits).T
+        return (codes.astype(np.float32) - zeros[:, index]) * scales[:, index]
+    stored = zeros if has_zeros(config, tensors["qzeros"]) else None
+    if bits == 8:
+        # As `weights.gptq.to_quantized`, in numpy: both lowered by 128.
+        codes = (np.ascontiguousarray(_from_words(tensors["qweight"], 8).T) ^ 128).view(np.int8)
+        own = None if stored is None else (stored ^ 128).view(np.int8)
+        return Quantized(codes, scales, own, format="int8", dtype=np.dtype(dtype))
+    if stored is None and bits < 4:  # int4 without zero points means 8
+        stored = zeros
+    return Quantized(
+        _pairs(tensors["qweight"], bits), scales, stored, format="int4", dtype=np.dtype(dtype)
+    )
+
+
+def _zeros(config: Mapping[str, Any], qzeros: np.ndarray) -> np.ndarray:
+    """uint8 [out, G]"""
+    bits = int(config["bits"])
+    zeros = _from_words(qzeros.T, bits)
+    if config.get("checkpoint_format", "gptq") == "gptq":
+        zeros = (zeros + 1) & ((1 << bits) - 1)
+    return zeros
+
+
+def _groups(scales: np.ndarray) -> int:
+    if scales.ndim != 2 or not scales.size:
+        raise UserError(f"GPTQ tensor 'scales' has shape {scales.shape}, not (groups, outputs)")
+    return scales.shape[0]
+
+
+def _ordered(index: np.ndarray, groups: int) -> bool:
+    n = len(index)
+    return not n % groups and bool((index == np.arange(n) // (n // groups)).all())
+
+
+def _pairs(words: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [out, in / 2], int4's two a byte, of qweight."""
+    if bits == 4:  # words hold eight inputs of an output: a fourth of the codes to transpose
+        return swap_nibbles(np.ascontiguousarray(words.T.astype("<i4")).view(np.uint8))
+    codes = _from_words(words, bits).T
+    return np.ascontiguousarray((codes[:, ::2] << 4) | codes[:, 1::2])
 
 
 def check_shape(shape: tuple[int, int], bits: int) -> None:
@@ -143,7 +196,8 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
     if config.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
         raise UserError(f"quantization_config: pack_dtype {config['pack_dtype']}; only int32 loads")
-    if config.get("dynamic"):
+    # "-:" names modules that are not quantized, which their tensors say too.
+    if any(not str(key).startswith("-:") for key in config.get("dynamic") or ()):
         raise UserError("quantization_config: modules with bits of their own (dynamic) do not load")
 
 
@@ -180,9 +234,14 @@ def quantization_config(
     }
 
 
+def _words(bits: int) -> int:
+    """The fewest words that whole codes fill."""
+    return bits // gcd(bits, 32)
+
+
 def _to_words(codes: np.ndarray, bits: int) -> np.ndarray:
     """int32 [n * bits / 32, m]: the codes [n, m] of each column as a stream of bits."""
-    period, count = 32 // gcd(bits, 32), bits // gcd(bits, 32)
+    period, count = 32 // gcd(bits, 32), _words(bits)
     codes = codes.reshape(-1, period, codes.shape[1])
     words = np.zeros((len(codes), count, codes.shape[2]), np.uint32)
     for i in range(period):
@@ -196,7 +255,7 @@ def _to_words(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def _from_words(words: np.ndarray, bits: int) -> np.ndarray:
     """The inverse of `_to_words`, uint8 [n, m]."""
-    period, count = 32 // gcd(bits, 32), bits // gcd(bits, 32)
+    period, count = 32 // gcd(bits, 32), _words(bits)
     words = np.ascontiguousarray(words).view(np.uint32).reshape(-1, count, words.shape[1])
     codes = np.empty((len(words), period, words.shape[2]), np.uint8)
     for i in range(period):

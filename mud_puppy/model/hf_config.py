@@ -10,7 +10,8 @@ from typing import Any
 
 from mud_puppy.errors import UserError
 from mud_puppy.model.families import FAMILIES
-from mud_puppy.model.files import read_json
+from mud_puppy.model.limits import check_sizes
+from mud_puppy.model.untrusted import read_json
 
 
 def read_config_file(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -25,6 +26,7 @@ def read_config_file(folder: Path, trust_remote_code: bool = False) -> Any:
     fields = read_json(path)
     if not trust_remote_code:
         return to_config(fields, str(path))
+    check_sizes(fields, str(path))
     return _parsed(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=True), str(path))
 
 
@@ -35,6 +37,7 @@ def to_config(config: Any, where: str = "config") -> Any:
     from transformers import AutoConfig
 
     fields = dict(config)
+    check_sizes(fields, where)
     model_type = fields.pop("model_type", None)
     if model_type not in FAMILIES:
         raise UserError(

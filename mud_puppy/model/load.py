@@ -4,8 +4,8 @@ Names, shapes and dtypes are checked before the first byte is read. Each leaf is
 host buffers of its shards (`read.py`), so that the peak is the model and one block of rows.
 """
 
-import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mud_puppy.errors import UserError, nearest
 from mud_puppy.model.arch import Arch
-from mud_puppy.model.families import IGNORED_TENSORS, read_config
+from mud_puppy.model.families import Row, ignored, read_config, rows
 from mud_puppy.model.files import find_model, open_tensors
 from mud_puppy.model.gguf import open_gguf
 from mud_puppy.model.gguf_codes import GgufCodes
 from mud_puppy.model.hf_config import read_config_file, to_config
-from mud_puppy.model.module import Model, axes, build
+from mud_puppy.model.module import Model, axes, build, path_in_table
 from mud_puppy.model.names import flatten, hf_names, unflatten
 from mud_puppy.model.quantized_files import Codes, take_config
 from mud_puppy.model.read import blocks, read_leaf
@@ -60,34 +60,69 @@ def load(
     quantization = take_config(config)
     arch = _read_arch(config, path)
     model, shapes = build(arch, _lasting(source))
+    tensors = _with_prefix(arch, tensors)
     names, structs = hf_names(arch, shapes), flatten(shapes)
     codes = _codes(path, quantization, keep_codes, names, tensors)
     _check(arch, names, structs, tensors, path, {} if codes is None else codes.parts)
     over = {} if mesh is None else flatten(shardings(mesh, axes(arch), shapes))
-    leaves = {}
+    table, leaves = rows(arch), {}
     for leaf, struct in structs.items():
+        row, parts = table[path_in_table(leaf)], names[leaf]
+        kind = "float32" if row.wide else dtype
         if codes is not None and codes.holds(leaf):
-            kind = dtype or tensors[names["final_norm"][0]].dtype.name
-            layers = codes.read(leaf, struct.shape, kind)
-            made = layers if on_leaf is None else (on_leaf(leaf, x) for x in layers)
-            leaves[leaf] = stack(made, len(names[leaf])) if _stacked(leaf) else next(iter(made))
+            kind = kind or tensors[names["final_norm"][0]].dtype.name
+            made = codes.read(leaf, struct.shape, kind)
+            made = made if on_leaf is None else (on_leaf(leaf, x) for x in made)
+            leaves[leaf] = stack(made, struct.shape[0]) if _stacked(leaf) else next(iter(made))
             continue
-        parts = [tensors[name] for name in names[leaf]]
-        if on_leaf is None:
-            leaves[leaf] = read_leaf(parts, struct.shape, dtype, over.get(leaf))
-            continue
-        place = over.get(leaf)
-        if not _stacked(leaf):
-            leaves[leaf] = on_leaf(leaf, read_leaf(parts, struct.shape, dtype, place))
-            continue
-        # A layer at a time, and each put into the stack: the whole is never here twice.
-        place = place and NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
-        layers = (read_leaf([part], struct.shape[1:], dtype, place) for part in parts)
-        leaves[leaf] = stack((on_leaf(leaf, x) for x in layers), len(parts))
+        stored = [tensors[name] for name in parts]
+        leaves[leaf] = _read(leaf, row, stored, struct.shape, kind, over.get(leaf), on_leaf)
     params = unflatten(shapes, leaves)
     if mesh is not None and (on_leaf is not None or codes is not None):
         params = jax.device_put(params, shardings(mesh, axes(arch), params))
     return model, params
+
+
+def _read(
+    leaf: str,
+    row: Row,
+    parts: list[Stored],
+    shape: tuple[int, ...],
+    dtype: str | None,
+    place: NamedSharding | None,
+    on_leaf: Callable[[str, jax.Array], Any] | None,
+) -> Any:
+    """A leaf of this shape from its tensors, which `on_leaf` then replaces layer by layer."""
+    if on_leaf is None and not row.transposed:
+        return read_leaf(parts, shape, dtype, place)
+
+    def one(parts: list[Stored], shape: tuple[int, ...], place: NamedSharding | None) -> Any:
+        if row.transposed:
+            array = _swapped(read_leaf(parts, _swap(shape), dtype, place and _swap_place(place)))
+        else:
+            array = read_leaf(parts, shape, dtype, place)
+        return array if on_leaf is None else on_leaf(leaf, array)
+
+    if not _stacked(leaf):
+        return one(parts, shape, place)
+    # A layer at a time, and each put into the stack: the whole is never here twice.
+    place = place and NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+    n, per = shape[0], len(parts) // shape[0]
+    layers = (one(parts[i * per : (i + 1) * per], shape[1:], place) for i in range(n))
+    return stack(layers, n)
+
+
+def _swap(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def _swap_place(place: NamedSharding) -> NamedSharding:
+    return NamedSharding(place.mesh, PartitionSpec(*_swap(tuple(place.spec))))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _swapped(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
 
 
 def abstract(
@@ -167,8 +202,12 @@ def _check(
 ) -> None:
     """Every tensor that the model needs is there in its shape, and none is left over. coded: the
     tensors that stand for a weight, whose shapes their layout knows."""
+    table = rows(arch)
     for path, struct in structs.items():
+        row = table[path_in_table(path)]
         expected = struct.shape[1:] if _stacked(path) else struct.shape
+        expected = expected[1:] if "{e}" in row.hf else expected
+        expected = _swap(expected) if row.transposed else expected
         for name in names[path]:
             if name in coded:
                 continue
@@ -185,10 +224,11 @@ def _check(
                 )
     used = {name for group in names.values() for name in group if name not in coded}
     used |= {part for parts in coded.values() for part in parts}
-    unread = [name for name in tensors if name not in used and not _ignored(name)]
-    if arch.tied and "lm_head.weight" in unread:
-        _check_tied(tensors["lm_head.weight"], tensors[names["embed"][0]], where)
-        unread.remove("lm_head.weight")
+    unread = [name for name in tensors if name not in used and not ignored(arch, name)]
+    head = f"{arch.modules[2]}.weight"
+    if arch.tied and head in unread:
+        _check_tied(tensors[head], tensors[names["embed"][0]], where)
+        unread.remove(head)
     if unread:
         raise UserError(
             f"{where}: tensor '{unread[0]}' {tensors[unread[0]].shape} has no place in this "
@@ -196,8 +236,17 @@ def _check(
         )
 
 
-def _ignored(name: str) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in IGNORED_TENSORS)
+def _with_prefix(arch: Arch, tensors: Tensors) -> Tensors:
+    """The tensors by their full names: files of a bare decoder leave out the first part ("model.",
+    "transformer."), as those of GPT-2 do."""
+    embed = f"{arch.modules[0]}.weight"
+    prefix, _, bare = embed.partition(".")
+    if embed in tensors or bare not in tensors:
+        return tensors
+    return {
+        name if name.startswith(arch.modules[2]) else f"{prefix}.{name}": stored
+        for name, stored in tensors.items()
+    }
 
 
 def _check_tied(head: Stored, embed: Stored, where: Path) -> None:

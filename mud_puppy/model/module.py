@@ -17,9 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from mud_puppy.model.arch import Arch
+from mud_puppy.model.arch import Arch, Layer
+from mud_puppy.model.balance import router_losses
 from mud_puppy.model.decoder import Cache, Inputs, decode, logits, scan_layers
-from mud_puppy.model.families import rows
+from mud_puppy.model.families import FAMILIES, Row, rows
+from mud_puppy.weights.peft_names import PeftNames
 from mud_puppy.weights.tree import stack
 
 Tree = Any
@@ -40,6 +42,17 @@ class Model:
     source: str | None = None
     tile: int | None = None
 
+    @property
+    def peft_names(self) -> PeftNames:
+        """What PEFT calls the modules: `save_adapter`'s."""
+        family = FAMILIES[self.arch.family]
+        stacked = [path for path in family.linears(self.arch) if path in family.stacked]
+        return PeftNames(
+            *self.arch.modules,
+            conv1d=bool(family.transposed - family.stacked),
+            stacked=tuple(path.split("/")[-1] for path in stacked),
+        )
+
     def __call__(
         self,
         params: Tree,
@@ -57,16 +70,19 @@ class Model:
         cache: Cache | None = None,
         run_layers: Callable = scan_layers,
     ) -> tuple[Float[Array, "B T D"], Cache | None, dict[str, tuple[Array, Array]]]:
-        """Hidden states after the final norm, the updated cache, and auxiliary sums by name."""
-        hidden, cache = decode(self.arch, params, inputs, cache, run_layers, self.dtype, self.tile)
-        return hidden, cache, {}
+        """Hidden states after the final norm, the updated cache, and auxiliary sums by name: of
+        models with experts `load_balance` and `router_z` (`balance.router_losses`)."""
+        hidden, cache, routed = decode(
+            self.arch, params, inputs, cache, run_layers, self.dtype, self.tile
+        )
+        return hidden, cache, router_losses(routed)
 
 
 # Compiled: run eagerly, every call would trace and compile the scan over the layers again.
 @partial(jax.jit, static_argnums=0)
 def _logits(model: Model, params: Tree, inputs: Inputs) -> Float[Array, "B T V"]:
     hidden, _, _ = model.forward(params, inputs)
-    return logits(params, hidden)
+    return logits(model.arch, params, hidden)
 
 
 class Decoder(nnx.Module):
@@ -78,8 +94,8 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         params = params_of(self)
-        hidden, _ = decode(self.arch, params, Inputs(tokens), None, scan_layers)
-        return logits(params, hidden)
+        hidden, *_ = decode(self.arch, params, Inputs(tokens), None, scan_layers)
+        return logits(self.arch, params, hidden)
 
 
 class _Node(nnx.Module):
@@ -131,11 +147,18 @@ def layout(arch: Arch, leaf: Callable[[str, tuple[int, ...]], Any]) -> Tree:
             tree[path] = leaf(path, shape)
             continue
         groups = tree.setdefault("layers", [[{} for _ in range(p)] for p, _ in arch.groups])
-        inner = path.removeprefix("layers/")
+        inner, start = path.removeprefix("layers/"), 0
         for g, (p, n) in enumerate(arch.groups):
             for j in range(p):
-                _insert(groups[g][j], inner, leaf(f"layers/{g}/{j}/{inner}", (n, *shape)))
+                if has(arch.kinds[start + j], row):
+                    _insert(groups[g][j], inner, leaf(f"layers/{g}/{j}/{inner}", (n, *shape)))
+            start += p * n
     return tree
+
+
+def has(kind: Layer, row: Row) -> bool:
+    """Whether a layer of this kind has the row's leaf."""
+    return row.sparse is None or row.sparse == kind.sparse
 
 
 def _insert(tree: Tree, path: str, value: Any) -> None:
@@ -168,7 +191,8 @@ def init(
     dtype: Any = jnp.float32,
     on_leaf: Callable[[str, Array], Any] | None = None,
 ) -> Tree:
-    """Random params: matrices normal with the config's std, norms one, biases zero.
+    """Random params: matrices normal with the config's std, norms one (Gemma's, which add one,
+    zero), biases zero.
 
     Leaf by leaf, so that no more than one leaf exists in float32 beside the result; with `on_leaf`,
     which is `load`'s, one layer of it.
@@ -176,7 +200,8 @@ def init(
     count, kind = itertools.count(), jnp.dtype(dtype)
 
     def leaf(path: str, shape: tuple[int, ...]) -> Any:
-        fill = {"norm": jnp.ones, "bias": jnp.zeros}.get(path[-4:])
+        ones = jnp.zeros if arch.norm_offset else jnp.ones
+        fill = {"norm": ones, "bias": jnp.zeros}.get(path[-4:])
         own = key if fill else jax.random.fold_in(key, next(count))
 
         def values(own: PRNGKeyArray, shape: tuple[int, ...]) -> Array:

@@ -34,7 +34,8 @@ def unflatten(like: Tree, leaves: dict[str, Any], prefix: str = "") -> Tree:
 
 
 def hf_names(arch: Arch, params: Tree) -> dict[str, list[str]]:
-    """The HF tensors of each leaf: one, or one for each layer of a stack.
+    """The HF tensors of each leaf: one, or one for each layer of a stack; of experts that are
+    stored one by one, those of the first layer, then those of the next.
 
     Reads the groups that `params` has, which adapters may have split since it was loaded.
     """
@@ -42,12 +43,13 @@ def hf_names(arch: Arch, params: Tree) -> dict[str, list[str]]:
     groups = list(spans(params))
 
     def names(path: str) -> list[str]:
-        hf = table[path_in_table(path)].hf
+        row = table[path_in_table(path)]
+        own = range(arch.sizes[row.axes[0]]) if "{e}" in row.hf else (0,)
         if not path.startswith("layers/"):
-            return [hf]
+            return [row.hf]
         _, g, j, *_ = path.split("/")
         group, start = groups[int(g)]
         layers = [start + r * len(group) + int(j) for r in range(repeats(group))]
-        return [hf.format(i=layer) for layer in layers]
+        return [row.hf.format(i=layer, e=e) for layer in layers for e in own]
 
     return {path: names(path) for path in flatten(params)}

@@ -1,10 +1,13 @@
-"""Quantized checkpoints: which layout one is in, and how its modules become leaves and back.
+"""Quantized checkpoints: which of a folder's weights are in codes, their leaves, and back to files.
 
-config.json's `quantization_config` names the layout; the tensors that stand for a `{module}.weight`
-are known to the layout's own file (`gptq_format`, `compressed_tensors`, `bitsandbytes_format`).
+config.json's `quantization_config` names the layout, whose file knows the tensors that stand for a
+weight (`layouts`). Weights that no leaf here holds as they are stored are decoded, which one line
+of the log says.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,26 +15,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from mud_puppy.errors import UserError
-from mud_puppy.kernels import Quantized
+from mud_puppy.kernels import Quantized, dequantize
 from mud_puppy.model import bitsandbytes_format, compressed_config, compressed_tensors, gptq_format
+from mud_puppy.model.layouts import Arrays, Config, Kind, layout
 from mud_puppy.model.read import whole
-from mud_puppy.model.tensors import Stored
-from mud_puppy.weights import Int8Dynamic, int8_dynamic
+from mud_puppy.model.tensors import Stored, check_float
+from mud_puppy.weights import Int8Dynamic
 
-Arrays = dict[str, np.ndarray]
-Config = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """suffixes(module): the tensors that stand for `{module}.weight`, without "{module}.", or None
-    where it is stored as it is. read(module, tensors by suffix, shape, dtype): the leaf."""
-
-    suffixes: Callable[[str], tuple[str, ...] | None]
-    read: Callable[[str, Arrays, tuple[int, ...], Any], Any]
+log = logging.getLogger("mud_puppy")
 
 
 def take_config(config: Any) -> Config | None:
@@ -42,71 +37,13 @@ def take_config(config: Any) -> Config | None:
     return found
 
 
-def layout(config: Config, names: Collection[str]) -> Layout:
-    """The layout of the checkpoint with this `quantization_config` and these tensors; UserError for
-    one that is not read."""
-    method = config.get("quant_method")
-    if method not in _LAYOUTS:
-        raise UserError(
-            f"the checkpoint is quantized ({method or 'unknown'}); layouts that load: "
-            f"{', '.join(_LAYOUTS)}. Load the unquantized model instead"
-        )
-    return _LAYOUTS[method](config, names)
-
-
-def _gptq(config: Config, names: Collection[str]) -> Layout:
-    gptq_format.check_config(config)
-
-    def suffixes(module: str) -> tuple[str, ...] | None:
-        if f"{module}.qweight" not in names:
-            return None
-        *needed, index = gptq_format.SUFFIXES
-        return (*needed, index) if f"{module}.{index}" in names else tuple(needed)
-
-    def read(module: str, tensors: Arrays, shape: tuple[int, ...], dtype: Any) -> Any:
-        return gptq_format.read(tensors, (shape[0], shape[1]), config, dtype)
-
-    return Layout(suffixes, read)
-
-
-def _compressed(config: Config, names: Collection[str]) -> Layout:
-    scheme_for = partial(compressed_config.scheme_for, config)
-
-    def suffixes(module: str) -> tuple[str, ...] | None:
-        scheme = scheme_for(module)
-        return None if scheme is None else compressed_tensors.suffixes(scheme)
-
-    def read(module: str, tensors: Arrays, shape: tuple[int, ...], dtype: Any) -> Any:
-        scheme = scheme_for(module)
-        assert scheme is not None, module
-        q = compressed_tensors.read(tensors, (shape[0], shape[1]), scheme, dtype)
-        return q if scheme.activations == "none" else int8_dynamic(q)
-
-    return Layout(suffixes, read)
-
-
-def _bitsandbytes(config: Config, names: Collection[str]) -> Layout:
-    bitsandbytes_format.check_config(config)
-
-    def suffixes(module: str) -> tuple[str, ...] | None:
-        if f"{module}.weight.absmax" not in names:
-            return None
-        return bitsandbytes_format.suffixes(f"{module}.weight.nested_absmax" in names)
-
-    def read(module: str, tensors: Arrays, shape: tuple[int, ...], dtype: Any) -> Any:
-        return bitsandbytes_format.read(tensors, (shape[0], shape[1]), dtype)
-
-    return Layout(suffixes, read)
-
-
-_LAYOUTS = {"gptq": _gptq, "compressed-tensors": _compressed, "bitsandbytes": _bitsandbytes}
-
-
 class Codes:
     """What of a checkpoint is in codes: by leaf of the params tree, and by HF tensor.
 
-    `parts`: the tensors that stand for each weight. UserError, in the name of `where`, for a layout
-    that is not read, missing tensors, and layers of one stack that are stored in different ways.
+    names: the HF weights of each leaf, of each layer and in it of each expert; the weights of one
+    leaf become codes if all are stored in one way, else floats. `parts`: the tensors that stand for
+    each weight. UserError, in the name of `where`, for a layout that is not read and for missing
+    tensors.
     """
 
     def __init__(
@@ -115,22 +52,14 @@ class Codes:
         self._where, self._tensors = where, tensors
         self._layout = self._named("config", lambda: layout(config, tensors))
         self.parts: dict[str, list[str]] = {}
-        self._modules: dict[str, list[str]] = {}
+        self._weights: dict[str, list[str]] = {}
         for leaf, weights in names.items():
-            if leaf not in ("embed", "head") and not leaf.endswith("/weight"):
-                continue  # norms and biases
-            modules = [name.removesuffix(".weight") for name in weights]
-            found = [self._named(module, partial(self._suffixes, module)) for module in modules]
-            if not any(found):
-                continue
-            if not all(found):
-                plain, coded = modules[found.index(None)], modules[[*map(bool, found)].index(True)]
-                raise UserError(
-                    f"{where}: {coded} is quantized and {plain} is not; such mixtures do not load"
-                )
-            self._modules[leaf] = modules
-            for module, weight, suffixes in zip(modules, weights, found, strict=True):
-                self.parts[weight] = [f"{module}.{suffix}" for suffix in suffixes]
+            found = {weight: self._parts(weight) for weight in weights}
+            if not _is_linear(leaf):  # a config may name norms beside linears: its tensors decide
+                found = {w: own for w, own in found.items() if own and self._have(own)}
+            self.parts |= {weight: [*own.values()] for weight, own in found.items() if own}
+            if any(found.values()):
+                self._weights[leaf] = weights
         if not self.parts:
             raise UserError(
                 f"{where}: config.json has a quantization_config, but no tensor is quantized; "
@@ -141,26 +70,106 @@ class Codes:
             raise UserError(
                 f"{where}: tensor '{missing[0]}' is missing: the checkpoint is incomplete"
             )
+        self._decoded = self._survey()
 
     def holds(self, leaf: str) -> bool:
-        return leaf in self._modules
+        return leaf in self._weights
 
     def read(self, leaf: str, shape: tuple[int, ...], dtype: str) -> Iterator[Any]:
-        """The leaf of each layer [out, in] of a stack of this shape, or the one."""
-        for module in self._modules[leaf]:
-            suffixes = self._suffixes(module) or ()
-            arrays = {suffix: whole(self._tensors[f"{module}.{suffix}"]) for suffix in suffixes}
-            make = partial(self._layout.read, module, arrays, shape[-2:], dtype)
-            yield jax.tree.map(jnp.asarray, self._named(module, make))
+        """The leaf of each layer ([out, in], or [E, out, in] of experts) of a stack of this shape,
+        or the one."""
+        weights, own = self._weights[leaf], shape
+        if leaf.startswith("layers/"):
+            own = shape[1:]
+        each = len(weights) // (shape[0] if own != shape else 1)
+        decoded = leaf in self._decoded
+        for i in range(0, len(weights), each):
+            if self._layout.fused or len(own) < 3:
+                yield jax.tree.map(jnp.asarray, self._read(weights[i], own, dtype, decoded))
+                continue
+            experts = [self._read(w, own[1:], dtype, decoded) for w in weights[i : i + each]]
+            yield jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs)), *experts)
 
-    def _suffixes(self, module: str) -> tuple[str, ...] | None:
-        return self._layout.suffixes(module)
+    def _read(self, weight: str, shape: tuple[int, ...], dtype: str, decoded: bool) -> Any:
+        """The leaf of one weight, in numpy arrays; decoded: as floats of `dtype`."""
+        parts = self._parts(weight)
+        if parts is None:
+            return self._floats(weight, shape).astype(dtype)
+        arrays = {}
+        for suffix, name in parts.items():
+            arrays[suffix] = whole(self._tensors[name])
+            _check_finite(self._tensors[name], arrays[suffix])
+        w = self._named(weight, lambda: self._layout.read(weight, arrays, shape, dtype))
+        if not decoded:
+            return w
+        if isinstance(w, Int8Dynamic):
+            w = w.base
+        if isinstance(w, Quantized):
+            return np.asarray(dequantize(jax.tree.map(jnp.asarray, w), jnp.dtype(dtype)))
+        return w.astype(dtype)
+
+    def _floats(self, weight: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A weight that is stored as it is, beside others that are in codes."""
+        tensor = self._tensors[weight]
+        check_float(tensor)
+        if tensor.shape != shape:
+            raise UserError(f"{tensor.where} has shape {tensor.shape}, expected {shape}")
+        return whole(tensor)
+
+    def _survey(self) -> set[str]:
+        """The leaves that become floats; says so, and what else is not as the file has it."""
+        decoded, said = set(), Counter()
+        for leaf, weights in self._weights.items():
+            kinds = [self._kind(weight) for weight in weights]
+            why = ""
+            if len({kind.codes for kind in kinds}) > 1:
+                why = "the layers or experts of one weight are stored in different ways"
+            why = next((kind.why for kind in kinds if not kind.codes), why)
+            if not _is_linear(leaf):
+                why = "here they are no linears (routers of experts)"
+            if why:
+                decoded.add(leaf)
+                coded = sum(weight in self.parts for weight in weights)
+                said[f"are decoded to floats: {why}"] += coded
+            else:
+                said.update(kind.why for kind in kinds if kind.why)
+        if said:
+            total, lines = len(self.parts), said.items()
+            told = [f"{count} of {total} quantized weights {what}" for what, count in lines]
+            log.warning("%s: %s", self._where, "; ".join(told))
+        return decoded
+
+    def _kind(self, weight: str) -> Kind:
+        parts = self._parts(weight)
+        if parts is None:
+            return Kind("floats of the file")
+        stored = {suffix: self._tensors[name] for suffix, name in parts.items()}
+        return self._named(weight, lambda: self._layout.kind(weight, stored))
+
+    def _parts(self, weight: str) -> Mapping[str, str] | None:
+        return self._named(weight, partial(self._layout.parts, weight))
+
+    def _have(self, parts: Mapping[str, str]) -> bool:
+        return all(name in self._tensors for name in parts.values())
 
     def _named(self, what: str, make: Callable[[], Any]) -> Any:
         try:
             return make()
         except UserError as error:
             raise UserError(f"{self._where}: {what}: {error}") from None
+
+
+def _is_linear(leaf: str) -> bool:
+    """Whether a leaf is a weight that layers take in codes: no norm, bias or router."""
+    return leaf in ("embed", "head") or leaf.endswith("/weight")
+
+
+def _check_finite(stored: Stored, values: np.ndarray) -> None:
+    """UserError for scales, or anything but codes, that are not numbers."""
+    # float8 is how codes are stored; the other types are of scales, offsets and tables of values.
+    scales = values.dtype.kind == "f" or values.dtype == ml_dtypes.bfloat16
+    if scales and not np.isfinite(values).all():
+        raise UserError(f"{stored.where} holds a NaN or an infinity: the file is corrupt")
 
 
 @dataclass(frozen=True)

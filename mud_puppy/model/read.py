@@ -27,19 +27,20 @@ def read_leaf(
     dtype: str | None,
     sharding: NamedSharding | None,
 ) -> jax.Array:
-    """A leaf [n, ...] from its n layers' tensors, or [...] from one; dtype None: as stored."""
+    """A leaf [n, ...] from its n layers' tensors ([n, E, ...]: those of each expert, layer after
+    layer), or [...] from one; dtype None: as stored."""
     for part in parts:
         check_float(part)
     kind = np.dtype(dtype or reduce(jnp.promote_types, [part.dtype for part in parts]))
     if sharding is None:
         everything = tuple(slice(0, size) for size in shape)
         buffer = _allocate(everything, kind)
-        _fill_layers(parts, [(everything, buffer)], len(shape))
+        _fill_layers(parts, [(everything, buffer)], shape)
         return jax.device_put(buffer).block_until_ready()
     indices = sharding.addressable_devices_indices_map(shape)
     places = {device: _bounds(index or (), shape) for device, index in indices.items()}
     shards = {str(at): (at, _allocate(at, kind)) for at in places.values()}
-    _fill_layers(parts, list(shards.values()), len(shape))
+    _fill_layers(parts, list(shards.values()), shape)
     arrays = [jax.device_put(shards[str(at)][1], device) for device, at in places.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays).block_until_ready()
 
@@ -64,15 +65,17 @@ def whole(part: Stored) -> np.ndarray:
 
 
 def _fill_layers(
-    parts: Sequence[Stored], shards: list[tuple[Bounds, np.ndarray]], rank: int
+    parts: Sequence[Stored], shards: list[tuple[Bounds, np.ndarray]], shape: tuple[int, ...]
 ) -> None:
     """Reads every part into the shards (bounds in the leaf, buffer) that hold some of it."""
-    for layer, part in enumerate(parts):
-        if rank == len(part.shape):
-            _fill(part, shards)
-            continue
-        held = [(at, buffer) for at, buffer in shards if at[0].start <= layer < at[0].stop]
-        _fill(part, [(at[1:], buffer[layer - at[0].start]) for at, buffer in held])
+    lead = len(shape) - len(parts[0].shape)
+    for place, part in zip(np.ndindex(shape[:lead]), parts, strict=True):
+        held = []
+        for at, buffer in shards:
+            if all(s.start <= i < s.stop for i, s in zip(place, at, strict=False)):
+                inner = tuple(i - s.start for i, s in zip(place, at, strict=False))
+                held.append((at[lead:], buffer[inner]))
+        _fill(part, held)
 
 
 def _fill(part: Stored, shards: list[tuple[Bounds, np.ndarray]]) -> None:

@@ -24,7 +24,7 @@ Spec = tuple[tuple[int, ...], np.dtype]
 # What a tokenizer may consist of; transformers' own list is spread over its classes.
 _TOKENIZER_FILES = (
     "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json vocab.json merges.txt chat_template.jinja chat_template.json"
+    "added_tokens.json vocab.json merges.txt tekken.json chat_template.jinja chat_template.json"
 ).split()
 
 
@@ -98,18 +98,31 @@ def write_configs(out: Path, source: Path | None, fields: dict[str, Any], dtype:
 
 
 def _config(fields: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json that transformers 4 reads too: it knows no `rope_parameters`, and would take
-    its default theta without a word."""
-    rope = dict(fields["rope_parameters"])
-    theta = rope.pop("rope_theta")
-    scaling = None if rope.get("rope_type", "default") == "default" else rope
+    """The fields of a config.json."""
     given = {key: value for key, value in fields.items() if key != "_name_or_path"}
-    return given | {
-        "architectures": fields.get("architectures") or [FAMILIES[fields["model_type"]].hf_class],
-        "dtype": dtype,
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-    }
+    hf_class = FAMILIES[fields["model_type"]].hf_class
+    return (
+        given
+        | _older_rope(fields.get("rope_parameters"), fields["model_type"])
+        | {"architectures": fields.get("architectures") or [hf_class], "dtype": dtype}
+    )
+
+
+def _older_rope(spec: dict[str, Any] | None, family: str) -> dict[str, Any]:
+    """The fields that transformers 4 has instead of `rope_parameters`, of which it knows nothing:
+    it would take its default theta without a word."""
+    if spec is None:
+        return {}
+    local = spec.get("sliding_attention")
+    rope = dict(spec.get("full_attention", local) if local else spec)
+    theta, part = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
+    scaling = None if rope.get("rope_type", "default") == "default" else rope
+    older = {"rope_theta": theta, "rope_scaling": scaling}
+    if local and family.startswith("gemma3"):
+        older["rope_local_base_freq"] = local["rope_theta"]
+    if family == "gpt_neox":
+        return older | {"rotary_emb_base": theta, "rotary_pct": 1.0 if part is None else part}
+    return older if part is None else older | {"partial_rotary_factor": part}
 
 
 def _copy(source: Path, out: Path, name: str) -> bool:

@@ -16,9 +16,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from mud_puppy.errors import UserError
+from mud_puppy.model.header import Entry, read_header
 
 # What a weight can be stored as, and loaded as.
 DTYPES = {
@@ -34,6 +34,19 @@ CODES = {
     "I64": np.dtype(np.int64),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
+# What checkpoints hold beside their weights (old attention masks), or nothing here computes in.
+_OTHERS = {
+    "BOOL": np.dtype(np.bool_),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "U32": np.dtype(np.uint32),
+    "U64": np.dtype(np.uint64),
+    "F64": np.dtype(np.float64),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+_KNOWN = DTYPES | CODES | _OTHERS
+_NAMES = {dtype: name for name, dtype in _KNOWN.items()}
 
 
 @dataclass(frozen=True)
@@ -51,19 +64,8 @@ class Stored:
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
     """Every tensor of a file by name. A file that is cut short or corrupt is a UserError."""
-    try:
-        # The library checks the header: sizes, overlaps, and that the file holds what it says.
-        with safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a whole safetensors file ({_line(error)}); copy or download it again"
-        ) from None
-    header.pop("__metadata__", None)
-    return {name: _stored(path, 8 + size, name, entry) for name, entry in header.items()}
+    header = read_header(path, {name: dtype.itemsize for name, dtype in _KNOWN.items()})
+    return {name: _stored(path, name, entry) for name, entry in header.items()}
 
 
 def checked(
@@ -82,22 +84,16 @@ def checked(
 def check_float(tensor: Stored) -> None:
     """UserError for a tensor that can be no weight as it is: codes, or integers."""
     if tensor.dtype not in DTYPES.values():
-        names = {dtype: name for name, dtype in CODES.items()}
-        raise _refused(tensor.where, names[tensor.dtype])
+        raise UserError(
+            f"{tensor.where} is stored as {_NAMES[tensor.dtype]}; dtypes that load: "
+            f"{', '.join(sorted(DTYPES))}"
+        )
 
 
-def _stored(path: Path, start: int, name: str, entry: dict) -> Stored:
-    known, where = DTYPES | CODES, f"{path}: tensor '{name}'"
-    if entry["dtype"] not in known:
-        raise _refused(where, entry["dtype"])
-    shape, dtype = tuple(entry["shape"]), known[entry["dtype"]]
-    row_bytes = prod(shape[1:]) * dtype.itemsize
-    read = partial(_read, path, start + entry["data_offsets"][0], row_bytes)
-    return Stored(shape, dtype, read, where)
-
-
-def _refused(where: str, dtype: str) -> UserError:
-    return UserError(f"{where} is stored as {dtype}; dtypes that load: {', '.join(sorted(DTYPES))}")
+def _stored(path: Path, name: str, entry: Entry) -> Stored:
+    dtype = _KNOWN[entry.dtype]
+    read = partial(_read, path, entry.start, prod(entry.shape[1:]) * dtype.itemsize)
+    return Stored(entry.shape, dtype, read, f"{path}: tensor '{name}'")
 
 
 def _read(path: Path, start: int, row_bytes: int, a: int, b: int, out: np.ndarray) -> None:
@@ -118,14 +114,13 @@ def write_safetensors(
     tensors: Iterable[np.ndarray],
 ) -> None:
     """Writes the tensors, in the order of `specs` (name: shape, dtype), holding one at a time."""
-    names = {dtype: name for name, dtype in (DTYPES | CODES).items()}
     header: dict[str, dict] = {
         "__metadata__": {"format": "pt"}
     }  # transformers refuses files without
     end = 0
     for name, (shape, dtype) in specs.items():
         start, end = end, end + prod(shape) * dtype.itemsize
-        entry = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        entry = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         header[name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -136,7 +131,3 @@ def write_safetensors(
             file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -15,16 +15,31 @@ from mud_puppy.weights import FakeQuant, Fp8, Int8Dynamic, Lora, is_weight
 Tree = Any
 log = logging.getLogger("mud_puppy")
 
-# Every matrix has `embed` on one side, so that one rule splits them all.
+# Every matrix has `embed` on one side, or is made from a latent vector.
 RULES: dict[str, str | None] = {
     "layers": None,
     "vocab": None,
+    "positions": None,
     "embed": "fsdp",
     "mlp": None,
+    "gate_up": None,
     "heads": None,
     "kv_heads": None,
+    "qkv": None,
+    "head": None,
+    "kv_head": None,
     "head_dim": None,
     "rank": None,
+    "one": None,
+    "experts": None,
+    "expert_mlp": None,
+    "expert_gate_up": None,
+    "shared_mlp": None,
+    "q_rank": None,
+    "kv_rank": "fsdp",
+    "kv_rank_rotated": None,
+    "keys_values": None,
+    "values": None,
 }
 
 # The batch is split over all axes; sequences are whole on a device.
@@ -56,9 +71,17 @@ def shardings(mesh: Mesh, axes: Tree, params: Tree) -> Tree:
 
 
 def _groups(mesh: Mesh, axes: list[list[Tree]], groups: list[list[Tree]]) -> list[list[Tree]]:
-    # Axis names are the same in every block, whatever its window.
-    block_axes = axes[0][0]
+    # A path has the same axes in every block that has it.
+    block_axes: Tree = {}
+    for block in (block for group in axes for block in group):
+        block_axes = _merged(block_axes, block)
     return [[_tree(mesh, block_axes, block) for block in group] for group in groups]
+
+
+def _merged(a: Tree, b: Tree) -> Tree:
+    if not isinstance(a, dict):
+        return a
+    return {**b, **{name: _merged(child, b.get(name, child)) for name, child in a.items()}}
 
 
 def _tree(mesh: Mesh, axes: Tree, params: Tree) -> Tree:
@@ -70,6 +93,7 @@ def _tree(mesh: Mesh, axes: Tree, params: Tree) -> Tree:
 def _leaf(mesh: Mesh, axes: tuple[str, ...], w: Any) -> Any:
     if not is_weight(w):
         return None if w is None else weight_sharding(mesh, axes, w.shape)
+    # Layers, and experts.
     *stack, out_axis, in_axis = axes
 
     def part(x: Any, *own: str) -> Any:

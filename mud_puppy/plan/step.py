@@ -15,7 +15,7 @@ from jax.extend.core import Literal
 from jax.sharding import Mesh
 
 from mud_puppy.config import DTYPES, Config
-from mud_puppy.model import Model, abstract, axes
+from mud_puppy.model import Model, abstract, axes, resize_embeddings
 from mud_puppy.parallel import batch_devices, batch_sharding, replicated, shardings
 from mud_puppy.plan.cost import flops
 from mud_puppy.run.prepare import computed, program, scheme, transformed
@@ -91,6 +91,9 @@ def shapes_of(config: Config, source: Any) -> tuple[Model, Tree]:
     """(model, shapes of its params) as `run.prepare.load_params` gives arrays."""
     stored = DTYPES[config.precision] if config.adapts else "float32"
     model, shapes = abstract(source, dtype=stored, trust_remote_code=config.trust_remote_code)
+    # The most that they can be: a plan looks at no tokenizer, which may have some of them.
+    most = model.arch.vocab_size + len(config.added_tokens or ())
+    model, shapes = resize_embeddings(model, shapes, most)
 
     def change(params: Tree) -> Tree:
         if config.method == "qlora":

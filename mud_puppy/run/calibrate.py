@@ -72,7 +72,7 @@ def quantize_gptq(
         for layer in range(start, start + repeats(group) * len(group)):
             r, j = divmod(layer - start, len(group))
             source = _at(group[j], r)
-            run = partial(run_or_observe, model.arch, model.arch.windows[layer])
+            run = partial(run_or_observe, model.arch, model.arch.kinds[layer])
             if layer < done and finished is not None:
                 block = finished.read(layer, source)
             else:

@@ -55,7 +55,7 @@ def _sums(model: Model, reference: Tree, params: Tree | None, rows: dict[str, Ar
     def logps(params: Tree, row: dict[str, Array]) -> Array:
         inputs = Inputs(row["tokens"], row["positions"], row["segment_ids"])
         hidden, _, _ = model.forward(params, inputs)
-        return jax.nn.log_softmax(logits(params, hidden))
+        return jax.nn.log_softmax(logits(model.arch, params, hidden))
 
     def one(row: dict[str, Array]) -> Array:
         p = logps(reference, row)

@@ -142,5 +142,6 @@ def _check_fit(examples: Sequence[Example], config: Config, arch: Arch, tokenize
             raise UserError(
                 f"{example.where}: token {worst} ({tokenizer.convert_ids_to_tokens(worst)!r}) is "
                 f"outside the model's vocabulary of {arch.vocab_size}: use the tokenizer that "
-                "belongs to the model"
+                "belongs to the model, or give the embedding more rows (added_tokens, or "
+                "mp.resize_embeddings and mp.save_hf)"
             )

@@ -14,7 +14,9 @@ from jaxtyping import Array
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import dequantize
 from mud_puppy.model import Arch, Inputs
-from mud_puppy.model.decoder import make_context, run_block
+from mud_puppy.model.arch import Layer
+from mud_puppy.model.block import run_block
+from mud_puppy.model.context import make_context
 from mud_puppy.model.fold import STAGES, Stage, fold, shared, spread
 from mud_puppy.weights import awq
 from mud_puppy.weights.gptq import Codes, gptq, to_quantized
@@ -60,7 +62,7 @@ def quantize_block(
     options: GptqOptions,
     layer: int,
 ) -> Tree:
-    """The block `source` with its linears in codes. run: `run_or_observe` of this layer's window;
+    """The block `source` with its linears in codes. run: `run_or_observe` of this kind of layer;
     hidden: [B, T, D] of each of the inputs before the block; layer: its number, for messages."""
 
     def observe(block: Tree, stage: Stage) -> Moments:
@@ -114,7 +116,7 @@ def _enlarged(arch: Arch, stage: Stage, options: GptqOptions, block: Tree, seen:
 @partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=5)
 def run_or_observe(
     arch: Arch,
-    window: int | None,
+    kind: Layer,
     block: Tree,
     inputs: Inputs,
     x: Array,
@@ -124,11 +126,11 @@ def run_or_observe(
     """The block's output; with a stage, the moments with those of its inputs added instead."""
     context, anywhere = make_context(arch, inputs), jnp.int32(0)  # which layer: a cache would ask
     if stage is None:
-        return run_block(context, window, block, x, None, anywhere)[0]
+        return run_block(context, kind, block, x, None, anywhere)[0]
     refs = jax.tree.map(jax.new_ref, moments)
     part, name = block[stage.part], stage.names[0]
     seen = {**part[name], "weight": Observed(part[name]["weight"], refs, mask_of(inputs))}
-    run_block(context, window, {**block, stage.part: {**part, name: seen}}, x, None, anywhere)
+    run_block(context, kind, {**block, stage.part: {**part, name: seen}}, x, None, anywhere)
     return jax.tree.map(jax.freeze, refs)
 
 

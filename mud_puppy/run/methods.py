@@ -31,7 +31,8 @@ def score_tokens(
     """Log-probability of every target and entropy of every prediction, float32 [B, T]."""
     inputs = Inputs(batch["tokens"], batch["positions"], batch["segment_ids"])
     hidden, _, _ = model.forward(params, inputs, run_layers=run_layers)
-    logps, entropy = token_logps(hidden, head(params), batch["targets"])
+    softcap = model.arch.logit_softcap
+    logps, entropy = token_logps(hidden, head(params), batch["targets"], softcap=softcap)
     return {"logps": logps, "entropy": entropy}
 
 

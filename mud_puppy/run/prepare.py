@@ -27,6 +27,7 @@ from mud_puppy.run.methods import SFT, Method
 from mud_puppy.run.optimizer import make_optimizer
 from mud_puppy.run.schedule import schedule
 from mud_puppy.run.step import State, init_state, make_eval, make_loss, make_step
+from mud_puppy.run.vocabulary import with_room
 from mud_puppy.weights import (
     Lora,
     Scheme,
@@ -87,6 +88,7 @@ def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
         trust_remote_code=config.trust_remote_code,
         keep_codes=config.quant_backend == "stored",
     )
+    model, params = with_room(config, model, params)
     params = transformed(config, params)
     params = jax.device_put(params, shardings(mesh, axes(model.arch), params))
     return computed(config, model), params

@@ -111,7 +111,8 @@ def _decode(
         B = state.token.shape[0]
         one = Inputs(state.token[:, None], state.position[:, None], jnp.ones((B, 1), jnp.int32))
         hidden, cache = _forward(model, params, one, state.cache)
-        return _append(replace(state, cache=cache), logits(params, hidden)[:, 0], eos, how)
+        state = replace(state, cache=cache)
+        return _append(state, logits(model.arch, params, hidden)[:, 0], eos, how)
 
     return jax.lax.while_loop(going, step, state)
 

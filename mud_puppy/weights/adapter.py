@@ -1,6 +1,7 @@
 """Adapters between a params tree and a PEFT folder, both ways."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from mud_puppy.errors import UserError
 from mud_puppy.kernels import Quantized
 from mud_puppy.weights.leaf import Lora, base_of, is_weight
 from mud_puppy.weights.peft import Part, read_adapter, write_adapter
-from mud_puppy.weights.tree import Tree, map_modules, module_names, under_rounding
+from mud_puppy.weights.tree import Tree, is_expert, map_modules, under_rounding
 
 
 def load_adapter(params: Tree, folder: str | Path) -> Tree:
@@ -27,8 +28,13 @@ def load_adapter(params: Tree, folder: str | Path) -> Tree:
     parts, dropout = read_adapter(folder, shapes)
 
     def adapt(names: list[str], w: Any) -> Any:
-        if names[0] not in parts:
+        if not any(name in parts for name in names):
             return w
+        if missing := [name for name in names if name not in parts]:
+            raise UserError(
+                f"{folder}: adapts only some experts of a layer, not '{missing[0]}'; all experts "
+                "of a layer are one weight here"
+            )
         _check_base(folder, names[0], parts[names[0]], w)
         return _lora(w, [parts[name] for name in names], dropout)
 
@@ -36,7 +42,8 @@ def load_adapter(params: Tree, folder: str | Path) -> Tree:
 
 
 def save_adapter(model: Any, params: Tree, out: str | Path) -> None:
-    """Writes the adapters of `params` as one PEFT folder; `model` names the base in its config.
+    """Writes the adapters of `params` as one PEFT folder; `model` says what PEFT calls the modules
+    (`Model.peft_names`) and names the base in its config.
 
     Adapters stacked on one weight become one with their ranks in a row. UserError when there are
     none, and as `check_savable` says.
@@ -49,8 +56,15 @@ def save_adapter(model: Any, params: Tree, out: str | Path) -> None:
         raise UserError("there is no adapter to save: no weight of these params has one")
     leaves = jax.tree.leaves(params, is_leaf=is_weight)
     dropouts = {w.dropout for w in leaves if isinstance(w, Lora)}
+    shapes: dict[str, tuple[int, int]] = {}
+    map_modules(lambda names, w: shapes.update(_shapes(names, w)), lambda name: None, params)
     write_adapter(
-        Path(out).expanduser(), parts, module_names(params), max(dropouts), model.source or ""
+        Path(out).expanduser(),
+        parts,
+        shapes,
+        model.peft_names,
+        max(dropouts),
+        model.source or "",
     )
 
 
@@ -63,8 +77,14 @@ def check_savable(params: Tree) -> None:
     chains: dict[str, list[Lora]] = {}
     map_modules(lambda names, w: chains.update({names[0]: _chain(w)}), lambda name: None, params)
     kinds: dict[bool, str] = {}
+    experts = {name.split(".")[-1] for name in chains if is_expert(name)}
     for name, chain in chains.items():
         dora = any(lora.magnitude is not None for lora in chain)
+        if dora and name.split(".")[-1] in experts:
+            raise UserError(
+                f"'{name}' has a DoRA, and PEFT takes its name for one of the experts', for which "
+                "it has none: leave it out of the targets"
+            )
         if dora and len(chain) > 1:
             raise UserError(
                 f"'{name}' has a DoRA in a stack of adapters, which no single adapter equals: "
@@ -104,11 +124,11 @@ def _check_base(folder: Path, name: str, part: Part, w: Any) -> None:
 
 def _lora(w: Any, parts: list[Part], dropout: float) -> Lora:
     """One leaf from the parts of its layers, or from the one part of an unstacked weight."""
-    stacked = base_of(w).ndim == 3
+    lead = base_of(w).shape[:-2]  # layers, and experts
     rank = max(len(part.a) for part in parts)
 
     def leaf(values: list[Any]) -> Any:
-        return jnp.asarray(np.stack(values) if stacked else values[0], jnp.float32)
+        return jnp.asarray(np.stack(values).reshape((*lead, *values[0].shape)), jnp.float32)
 
     return Lora(
         base=w,
@@ -123,9 +143,9 @@ def _lora(w: Any, parts: list[Part], dropout: float) -> Lora:
 def _parts(names: list[str], w: Any) -> Iterator[tuple[str, Part]]:
     if not isinstance(w, Lora):
         return
-    chain = _chain(w)
-    for layer, name in enumerate(names):
-        at = layer if base_of(w).ndim == 3 else ...
+    # The whole stack comes from the device at once: there may be thousands of experts.
+    chain = [jax.tree.map(np.asarray, replace(lora, base=None, key=None)) for lora in _chain(w)]
+    for name, at in zip(names, np.ndindex(base_of(w).shape[:-2]), strict=True):
         yield name, _joined([_at(lora, at) for lora in chain])
 
 
@@ -135,8 +155,8 @@ def _chain(w: Any) -> list[Lora]:
 
 
 def _at(w: Lora, at: Any) -> Part:
-    magnitude = None if w.magnitude is None else np.asarray(w.magnitude[at])
-    part = Part(np.asarray(w.a[at]), np.asarray(w.b[at]), float(w.scale[at]), magnitude)
+    magnitude = None if w.magnitude is None else w.magnitude[at]
+    part = Part(w.a[at], w.b[at], float(w.scale[at]), magnitude)
     # Ranks that are zero on both sides are the padding of `_lora`.
     used = np.flatnonzero(part.a.any(axis=1) | part.b.any(axis=0))
     rank = int(used[-1]) + 1 if len(used) else part.a.shape[0]

@@ -6,6 +6,7 @@ head, norms and the adapters' own small products are untouched. What computes is
 unit, or nothing does: there is no second product beside it.
 """
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,9 @@ from mud_puppy.kernels import Quantized, matmul, target
 from mud_puppy.kernels.formats import FP8, sliced
 from mud_puppy.kernels.fp8 import OCP, Float8, cast, float8, fp8_codes_matmul, fp8_matmul, scale_of
 from mud_puppy.weights.leaf import Fp8, Lora, is_weight
-from mud_puppy.weights.tree import Tree, map_modules
+from mud_puppy.weights.tree import Tree, is_expert, map_modules, module_names
+
+log = logging.getLogger("mud_puppy")
 
 
 def fp8_types(emulated: bool = False) -> Float8:
@@ -36,14 +39,19 @@ def fp8_types(emulated: bool = False) -> Float8:
 def fp8(params: Tree, emulated: bool = False) -> Tree:
     """Every linear of the layers with float8 products; under adapters the base becomes codes.
 
-    A Quantized base must be of the target's own float8. UserError as of `fp8_types`.
+    Experts keep their own products, which one line of the log says. A Quantized base must be of the
+    target's own float8. UserError as of `fp8_types`.
     """
     types = fp8_types(emulated)
     leaves = jax.tree.leaves(params, is_leaf=is_weight)
     frozen = any(isinstance(leaf, Lora) for leaf in leaves)
 
+    if any(is_expert(name) for name in module_names(params)):
+        log.warning("precision fp8: the experts' products stay bfloat16's; there is no grouped one")
+
     def change(names: list[str], w: Any) -> Any:
-        return _changed(names[0], w, types, frozen) if ".layers." in names[0] else w
+        changes = ".layers." in names[0] and not is_expert(names[0])
+        return _changed(names[0], w, types, frozen) if changes else w
 
     return map_modules(change, lambda name: None, params)
 

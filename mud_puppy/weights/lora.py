@@ -19,7 +19,7 @@ from jaxtyping import Array, PRNGKeyArray
 from mud_puppy.errors import UserError, nearest
 from mud_puppy.weights.leaf import FakeQuant, Lora, base_of, is_weight
 from mud_puppy.weights.linear import dense
-from mud_puppy.weights.tree import Tree, map_modules, module_names
+from mud_puppy.weights.tree import Tree, is_expert, map_modules, module_names
 
 ALL_LINEAR = "all-linear"
 
@@ -37,7 +37,8 @@ def add_lora(
 ) -> Tree:
     """Puts a fresh adapter on each target weight; on a weight with an adapter, one above it.
 
-    targets: "all-linear" (every linear of every layer, not embedding and head), or names and
+    targets: "all-linear" (every linear of every layer, those of experts too; not embedding, head
+    and routers), or names and
     regular expressions, each matched against the end of a module's name (`q_proj`,
     `3.self_attn.q_proj`) or, as a regular expression, against all of it. A target that matches no
     module is a UserError.
@@ -50,6 +51,11 @@ def add_lora(
     def adapt(names: list[str], w: Any) -> Any:
         if names[0] not in chosen:
             return w
+        if dora and is_expert(names[0]):
+            raise UserError(
+                f"DoRA of experts ('{names[0]}') is not here: name targets without them, such as "
+                "q_proj, k_proj, v_proj, o_proj"
+            )
         if dora and names[0] == "model.embed_tokens":
             raise UserError("DoRA is not defined for embeddings; leave embed_tokens out of targets")
         # crc32: the same seed in every process, whatever order modules are visited in.
@@ -78,11 +84,26 @@ def match_targets(
             f"Modules: {', '.join(known)}"
         )
     chosen = frozenset(name for found in hits.values() for name in found)
+    _check_experts(names, chosen, of)
     if "model.embed_tokens" in chosen and "lm_head" not in names:
         raise UserError(
             f"{of} target 'embed_tokens': this model's embedding is tied to its head; leave it out"
         )
     return chosen
+
+
+def _check_experts(names: list[str], chosen: frozenset[str], of: str) -> None:
+    """UserError where only some experts of a layer are chosen: they are one weight."""
+    found: dict[str, dict[bool, str]] = {}
+    for name in filter(is_expert, names):
+        stack = re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
+        found.setdefault(stack, {})[name in chosen] = name
+    for stack in found.values():
+        if len(stack) == 2:
+            raise UserError(
+                f"{of} targets '{stack[True]}' but not '{stack[False]}': all experts of a layer "
+                "are one weight here; name them all, or none"
+            )
 
 
 def merge_lora(params: Tree) -> Tree:

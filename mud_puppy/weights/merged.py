@@ -77,11 +77,17 @@ def _is_coded(w: Any, encode: Callable, dtype: str) -> bool:
 
 def _merge_and_encode(w: Any, dtype: str, encode: Callable) -> Any:
     def one(w: Any) -> Any:
-        return encode(_sum(w, dtype))
+        # One matrix at a time: layer by layer, and expert by expert.
+        return encode(_sum(w, dtype)) if base_of(w).ndim == 2 else jax.lax.map(one, w)
 
-    return jax.jit(one)(w) if base_of(w).ndim == 2 else jax.jit(lambda w: jax.lax.map(one, w))(w)
+    return jax.jit(one)(w)
 
 
 @matmul.register(Merged)
 def _merged_matmul(w: Merged, x: Array) -> Array:
-    return matmul(x, dense(replace(w.base, key=None)).astype(jnp.dtype(w.dtype)))
+    return matmul(x, merged(w))
+
+
+def merged(w: Merged) -> Array:
+    """The matrix of each product."""
+    return dense(replace(w.base, key=None)).astype(jnp.dtype(w.dtype))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mud_puppy.kernels import matmul
+from mud_puppy.kernels import grouped_matmul, matmul
 from mud_puppy.kernels.matmul import exact
 
 
@@ -30,6 +30,8 @@ class Moments:
     hessian     [in, in], sum of 2 x^T x: that of the squared error of the outputs
     magnitude   [in], sum of |x|
     count       [], tokens
+
+    Of experts, each behind an axis of experts: the tokens that each was given.
     """
 
     # Any: arrays, or references to them.
@@ -38,9 +40,11 @@ class Moments:
     count: Any
 
 
-def no_moments(inputs: int) -> Moments:
-    """Moments of no tokens, for a weight [out, inputs]."""
-    return Moments(jnp.zeros((inputs, inputs)), jnp.zeros(inputs), jnp.float32(0))
+def no_moments(inputs: int, experts: int | None = None) -> Moments:
+    """Moments of no tokens, for a weight [out, inputs] or [experts, out, inputs]."""
+    lead = () if experts is None else (experts,)
+    shapes = (*lead, inputs, inputs), (*lead, inputs), lead
+    return Moments(*map(jnp.zeros, shapes))
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +58,31 @@ class Observed:
     base: Any
     refs: Any
     mask: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ObservedExperts:
+    """`base` [E, out, in], whose grouped product adds the rows of as many experts as `refs` has,
+    from expert `first` (int32 []) on, to `refs`. Padding is given to no expert."""
+
+    base: Any
+    refs: Any
+    first: Any
+
+
+def add_experts(w: ObservedExperts, x: Array, sizes: Array) -> None:
+    """Notes rows x [M, in], sorted by expert."""
+    count = w.refs.count.shape[0]
+    before = jnp.where(jnp.arange(len(sizes)) < w.first, sizes, 0).sum()
+    own = jax.lax.dynamic_slice_in_dim(sizes, w.first, count)
+    x = jnp.roll(x, -before, axis=0)
+    # The gradient of a grouped product's weight is each group's y^T x: with y = x, the square.
+    none = jnp.zeros((count, x.shape[1], x.shape[1]), jnp.float32)
+    (square,) = jax.vjp(lambda w: grouped_matmul(x, w, own), none)[1](x)
+    w.refs.hessian[...] += 2 * square
+    w.refs.magnitude[...] += _sums(jnp.abs(x.astype(jnp.float32)), own)
+    w.refs.count[...] += own.astype(jnp.float32)
 
 
 @matmul.register(Observed)
@@ -72,3 +101,9 @@ def _add(refs: Moments, x: Array, mask: Array | None) -> None:
     refs.hessian[...] += 2 * square
     refs.magnitude[...] += jnp.abs(x.astype(jnp.float32)).sum(0)
     refs.count[...] += mask.sum().astype(jnp.float32)
+
+
+def _sums(x: Array, sizes: Array) -> Array:
+    """[E, in]: the sum of each group's rows."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right")
+    return jax.ops.segment_sum(x, group, num_segments=len(sizes))

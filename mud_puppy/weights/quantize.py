@@ -19,6 +19,17 @@ from mud_puppy.weights.leaf import Lora, is_weight
 
 Tree = Any
 
+# The gate of a shared expert, [1, D]: one number a token, which weighs a whole MLP. Routers are no
+# linears (`layers/0/0/mlp/router`), and stay floats too.
+_GATES = "shared_expert_gate"
+
+
+def is_rounded(path: str) -> bool:
+    """Whether the leaf at a path of `load`'s is a linear of a layer that may be in codes."""
+    inside = path.startswith("layers/") and path.endswith("/weight")
+    return inside and not path.endswith(f"{_GATES}/weight")
+
+
 FORMATS = ("nf4", "int4", "int8", "mxfp4", "fp8")
 GROUPED = ("nf4", "int4", "int8", "fp8")  # mxfp4's groups are 32
 
@@ -44,7 +55,7 @@ class Scheme:
         if path in ("embed", "head"):
             format = self.embed if path == "embed" else self.head
             return None if format is None else _encoder(format)
-        if self.format is None or not (path.startswith("layers/") and path.endswith("/weight")):
+        if self.format is None or not is_rounded(path):
             return None
         return _encoder(self.format, self.group, self.zero_points, self.double)
 
@@ -117,6 +128,10 @@ def _encoder(
 
 @partial(jax.jit, static_argnames=("format", "group", "zero_points", "double"))
 def _encode(w: jax.Array, **options: Any) -> Quantized:
-    """[out, in], or a stack of them one after the other: float32 copies are of one layer only."""
+    """[out, in], or a stack of them (layers, experts), one matrix after the other: float32 copies
+    are of one only."""
     encode = partial(kernels.quantize, **options)
-    return encode(w) if w.ndim == 2 else jax.lax.map(encode, w)
+    if w.ndim == 2:
+        return encode(w)
+    done = jax.lax.map(encode, w.reshape(-1, *w.shape[-2:]))
+    return jax.tree.map(lambda x: x.reshape(*w.shape[:-2], *x.shape[1:]), done)

@@ -20,6 +20,7 @@ from mud_puppy.kernels import Quantized
 from mud_puppy.weights.leaf import FakeQuant, Fp8, Int8Dynamic, Lora, base_of, is_weight
 
 Tree = Any
+Path = tuple[str, ...]
 
 _TOP = {"embed": "model.embed_tokens", "head": "lm_head"}
 
@@ -80,20 +81,49 @@ def spans(params: Tree) -> Iterator[tuple[list[Tree], int]]:
         start += len(group) * repeats(group)
 
 
-def linear_paths(block: Tree) -> list[tuple[str, ...]]:
+def linear_paths(block: Tree, prefix: Path = ()) -> list[Path]:
     """Paths of the linear modules of one block: ("self_attn", "q_proj"), ..."""
-    return [
-        (part, name)
-        for part, modules in block.items()
-        if isinstance(modules, dict)
-        for name, module in modules.items()
-        if isinstance(module, dict) and "weight" in module
-    ]
+    found = []
+    for name, child in block.items():
+        if isinstance(child, dict):
+            own = (*prefix, name)
+            found += [own] if "weight" in child else linear_paths(child, own)
+    return found
 
 
-def layer_module(path: tuple[str, ...], layer: int) -> str:
-    """HF's name of a module of one layer."""
+def layer_module(path: Path, layer: int, expert: int | None = None) -> str:
+    """HF's name of a module of one layer, or of one of its experts."""
+    if expert is not None:
+        at = path.index("experts") + 1
+        path = (*path[:at], str(expert), *path[at:])
     return ".".join(("model.layers", str(layer), *path))
+
+
+def _modules(block: Tree, path: Path, layer: int) -> list[str]:
+    """The names of what one layer has at a path: a module, or one for each expert."""
+    if "experts" not in path:
+        return [layer_module(path, layer)]
+    count = base_of(at_path(block, path)["weight"]).shape[-3]
+    return [layer_module(path, layer, e) for e in range(count)]
+
+
+def is_expert(name: str) -> bool:
+    """Whether a module's name is that of one expert's."""
+    return ".experts." in name
+
+
+def at_path(tree: Tree, path: Path) -> Tree:
+    """The subtree at a path."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def with_path(tree: Tree, path: Path, value: Tree) -> Tree:
+    """The tree with another subtree at a path."""
+    if not path:
+        return value
+    return {**tree, path[0]: with_path(tree[path[0]], path[1:], value)}
 
 
 def module_names(params: Tree) -> list[str]:
@@ -103,14 +133,16 @@ def module_names(params: Tree) -> list[str]:
         for r in range(repeats(group)):
             for j, block in enumerate(group):
                 layer = start + r * len(group) + j
-                names += [layer_module(path, layer) for path in linear_paths(block)]
+                for path in linear_paths(block):
+                    names += _modules(block, path, layer)
     return names
 
 
 def map_modules(
     fn: Callable[[list[str], Any], Any], key: Callable[[str], Any], params: Tree
 ) -> Tree:
-    """Replaces each linear weight w by fn(names of its stacked modules, w).
+    """Replaces each linear weight w by fn(names of its stacked modules, w); those of experts come
+    layer by layer.
 
     Groups are split first where `key(name)` differs between the repeats of one module, so that all
     modules of one weight have the same key. `embed` and `head` are visited too, as stacks of one
@@ -129,13 +161,12 @@ def map_modules(
 
 
 def _map_block(fn: Callable, block: Tree, start: int, j: int, p: int) -> Tree:
-    block = dict(block)
     n = repeats([block])
-    for part, name in linear_paths(block):
-        names = [layer_module((part, name), start + r * p + j) for r in range(n)]
-        module = block[part][name]
-        module = {**module, "weight": fn(names, module["weight"])}
-        block[part] = {**block[part], name: module}
+    for path in linear_paths(block):
+        layers = (_modules(block, path, start + r * p + j) for r in range(n))
+        names = list(itertools.chain.from_iterable(layers))
+        module = at_path(block, path)
+        block = with_path(block, path, {**module, "weight": fn(names, module["weight"])})
     return block
 
 
@@ -144,9 +175,10 @@ def _split(key: Callable, group: list[Tree], start: int) -> list[tuple[list[Tree
 
     def signature(r: int) -> list[Any]:
         return [
-            key(layer_module(path, start + r * p + j))
+            key(name)
             for j, block in enumerate(group)
             for path in linear_paths(block)
+            for name in _modules(block, path, start + r * p + j)
         ]
 
     cuts = [r for r in range(n) if r == 0 or signature(r) != signature(r - 1)] + [n]

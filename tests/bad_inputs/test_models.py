@@ -26,8 +26,8 @@ UP = "model.layers.1.mlp.up_proj.weight"
 # name: (fields of config.json that change; None removes, what the line says)
 CONFIG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "architecture": (
-        {"model_type": "gpt2"},
-        ("m/config.json: model_type 'gpt2' has no table", "families that load: llama"),
+        {"model_type": "bloom"},
+        ("m/config.json: model_type 'bloom' has no table", "families that load: "),
     ),
     "no architecture": ({"model_type": None}, ("m/config.json: model_type 'None' has no table",)),
     "unread field": (
@@ -48,10 +48,10 @@ CONFIG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "odd head_dim": ({"head_dim": 5}, ("m/config.json: ", "head_dim`=5")),
     "text for a number": ({"hidden_size": "32"}, ("m/config.json: ", "'hidden_size' expected int")),
-    "negative": ({"hidden_size": -32}, ("hidden_size must be at least 1, not -32",)),
+    "negative": ({"hidden_size": -32}, ("hidden_size must be a whole number from 1, not -32",)),
     "window": (
         {"model_type": "mistral", "sliding_window": -3},
-        ("sliding_window must be at least 1 or null, not -3",),
+        ("sliding_window must be at least 1, not -3",),
     ),
     "rope kind": (
         {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}, "rope_scaling": None},

@@ -118,9 +118,10 @@ ONES = np.ones(16, np.float32)
         (False, {"weight.quant_map": ONES}, "quant_map is not bitsandbytes' own"),
         (True, {"weight.nested_quant_map": np.ones(256, np.float32)}, "nested_quant_map is not"),
         (False, {STATE: np.zeros(3, np.uint8)}, "not the JSON of bitsandbytes"),
-        (False, state(quant_type="fp4"), "quant_state says fp4"),
+        (False, state(quant_type="fp4"), "bitsandbytes__nf4 says fp4"),
         (False, state(blocksize=48), "in blocks of 48"),
-        (False, state(blocksize=2048), "blocks of 2048 run over the ends of rows of 1024"),
+        (False, state(quant_type="int4"), "quant_state says int4 in blocks"),
+        (True, state(double=True, nested_offset=float("nan")), "says nested_offset nan"),
         (False, state(shape=[1024, 40]), r"says shape \(1024, 40\), expected \(40, 1024\)"),
         (False, state(shape=None), "not the JSON of bitsandbytes"),
         (True, state(), "nested_blocksize is None, not 256"),
@@ -155,9 +156,8 @@ def test_the_config() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bnb_4bit_quant_type": "fp4"}, "bitsandbytes' fp4 is not supported"),
-        ({"load_in_8bit": True, "load_in_4bit": False}, "bitsandbytes' LLM.int8 is not supported"),
-        ({"load_in_4bit": False}, "LLM.int8 is not supported"),
+        ({"bnb_4bit_quant_type": "af4"}, "bitsandbytes' af4; nf4 and fp4 load"),
+        ({"load_in_4bit": False}, "neither load_in_4bit nor load_in_8bit"),
     ],
 )
 def test_what_is_not_read_is_refused(change: dict, message: str) -> None:

@@ -1,6 +1,7 @@
 """compressed-tensors' quantization_config: written, read by name, and refused in one line."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,13 +76,9 @@ def changed(path: str, value: Any, scheme: Scheme = W8A8) -> dict:
         ("config_groups/group_0", ["Linear"], "preset"),
         ("config_groups/group_0/format", "nvfp4-pack-quantized", "format is 'nvfp4"),
         ("config_groups/group_0/weights/type", "float", "weights is 'float'; supported: 'int'"),
-        ("config_groups/group_0/input_activations/type", "float", "are float8 a token"),
         ("config_groups/group_0/weights/num_bits", 3, "num_bits is 3; supported: 4, 8"),
         ("config_groups/group_0/weights/strategy", "block", "strategy is 'block'"),
         ("config_groups/group_0/weights/actorder", "group", "actorder is 'group'"),
-        ("config_groups/group_0/weights/symmetric", False, "int8 weights symmetric"),
-        ("config_groups/group_0/input_activations/dynamic", False, "dynamic is False"),
-        ("config_groups/group_0/input_activations/strategy", "tensor", "strategy is 'tensor'"),
         ("config_groups/group_0/output_activations", {"num_bits": 8}, "output_activations"),
     ],
 )
@@ -98,13 +95,10 @@ TOKENS = {"type": "float", "num_bits": 8, "strategy": "token", "dynamic": True, 
 @pytest.mark.parametrize(
     ("scheme", "path", "value", "message"),
     [
-        (FP8, f"{GROUP}/input_activations", TOKENS, "input_activations are float8 a token"),
-        (FP8, f"{GROUP}/input_activations", TOKENS | {"type": "int"}, "are int8 a token"),
-        (MXFP4, f"{GROUP}/input_activations", TOKENS, "input_activations are float8 a token"),
         (FP8, f"{GROUP}/weights/type", "int", "float-quantized weights is 'int'"),
         (FP8, f"{GROUP}/weights/num_bits", 4, "float weights num_bits is 4; supported: 8"),
-        (FP8, f"{GROUP}/weights/strategy", "block", "float weights strategy is 'block'"),
-        (FP8, f"{GROUP}/weights/strategy", "group", "float weights strategy is 'group'"),
+        (FP8, f"{GROUP}/weights/strategy", "block", "block_structure is None, not two sizes"),
+        (FP8, f"{GROUP}/weights/strategy", "group", "weights group_size is None, not a size"),
         (FP8, f"{GROUP}/weights/symmetric", False, "float weights symmetric is False"),
         (FP8, f"{GROUP}/format", "nvfp4-pack-quantized", "format is 'nvfp4-pack-quantized'"),
         (FP8, f"{GROUP}/format", "mxfp8-quantized", "format is 'mxfp8-quantized'"),
@@ -119,6 +113,38 @@ def test_what_is_not_read_of_floats_is_refused(
     assert scheme_for(changed("ignore", [], scheme), "a") == scheme
     with pytest.raises(UserError, match=message):
         scheme_for(changed(path, value, scheme), "a")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "change", "unrounded"),
+    [
+        (FP8, {}, "float8 a token"),
+        (FP8, {"type": "int"}, "int8 a token"),
+        (MXFP4, {}, "float8 a token"),
+        (INT4, {}, "float8 a token"),
+        (Scheme(8, symmetric=False), {"type": "int"}, "int8 a token"),
+        (W8A8, {}, "float8 a token"),
+        (W8A8, {"type": "int", "symmetric": False}, "int8 a token"),
+        (
+            W8A8,
+            {"type": "int", "strategy": "tensor", "dynamic": False},
+            "int8 a tensor, with scales of the file",
+        ),
+    ],
+)
+def test_inputs_that_stay_as_they_are(scheme: Scheme, change: dict, unrounded: str) -> None:
+    read = scheme_for(changed(f"{GROUP}/input_activations", TOKENS | change, scheme), "a")
+    assert read == replace(scheme, activations="none", unrounded=unrounded)
+
+
+def test_blocks() -> None:
+    config = changed(f"{GROUP}/weights/strategy", "block", FP8)
+    weights = config["config_groups"]["group_0"]["weights"]
+    weights["block_structure"] = [64, 128]
+    assert scheme_for(config, "a") == Scheme(8, 128, type="float", block=64)
+    weights["block_structure"] = [64, 0]
+    with pytest.raises(UserError, match=r"block_structure is \[64, 0\], not two sizes"):
+        scheme_for(config, "a")
 
 
 def test_naive_is_either_type() -> None:

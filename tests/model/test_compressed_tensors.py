@@ -17,12 +17,16 @@ from mud_puppy.model import load
 from mud_puppy.model.compressed_config import quantization_config
 from mud_puppy.model.compressed_tensors import Scheme, pack, read, scheme_of, suffixes
 from mud_puppy.weights import Int8Dynamic, int8_dynamic
+from mud_puppy.weights.gptq import round_to_nearest, to_quantized
 
 RNG = np.random.default_rng(0)
 LEAVES = {
     "int8 row": lambda w: quantize(w, "int8"),
     "int8 group": lambda w: quantize(w, "int8", group=16),
     "int8 tensor": lambda w: quantize(w, "int8", group="tensor"),
+    "int8 zeros": lambda w: to_quantized(
+        *round_to_nearest(w + 0.5, bits=8, group=16, symmetric=False), 8, jnp.float32
+    ),
     "int8 dynamic": lambda w: int8_dynamic(quantize(w, "int8")),
     "int4 group": lambda w: quantize(w, "int4", group=16),
     "int4 row": lambda w: quantize(w, "int4", group=w.shape[-1]),

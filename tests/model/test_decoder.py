@@ -37,7 +37,7 @@ def chunked(model: Any, params: Any, tokens: np.ndarray, shift: int = 0) -> np.n
     @jax.jit
     def step(tokens: Any, positions: Any, cache: Any) -> Any:
         hidden, cache, _ = model.forward(params, Inputs(tokens, positions), cache)
-        return logits(params, hidden), cache
+        return logits(model.arch, params, hidden), cache
 
     cache, out = make_cache(model.arch, 2, 40, jnp.float32), []
     for start in range(0, tokens.shape[1], 8):
@@ -70,7 +70,7 @@ def test_packed_examples_do_not_see_each_other(llama: Path) -> None:
 
 def test_dynamic_rope_stretches_each_packed_example_alone(llama: Path) -> None:
     model, params = load(llama, dtype="float32")
-    stretched = model.arch.replace(rope=replace(model.arch.rope, dynamic=(1e4, 4.0, 12)))
+    stretched = model.arch.replace(ropes=(replace(model.arch.ropes[0], dynamic=(1e4, 4.0, 12)),))
     model = replace(model, arch=stretched)
     call = jax.jit(model.__call__)
     first, second = np.arange(1, 11, dtype=np.int32)[None], np.arange(30, 54, dtype=np.int32)[None]
@@ -79,7 +79,9 @@ def test_dynamic_rope_stretches_each_packed_example_alone(llama: Path) -> None:
     segments = np.repeat([1, 2], [10, 24])[None].astype(np.int32)
     apart = np.concatenate([call(params, first), call(params, second)], axis=1)
     assert close(call(params, packed, positions, segments), apart)
-    plain = replace(model, arch=stretched.replace(rope=replace(stretched.rope, dynamic=None)))
+    plain = replace(
+        model, arch=stretched.replace(ropes=(replace(stretched.ropes[0], dynamic=None),))
+    )
     assert not close(jax.jit(plain.__call__)(params, second), apart[:, 10:], 1e-3), "not beyond"
 
 
@@ -177,9 +179,10 @@ def test_codes_are_read_in_place_behind_a_cache(
 
     def copied(layers: Callable, group: Any, x: Any, cache: Any, start: int) -> Any:
         def body(carry: Any, step: Any) -> Any:
-            return layers(step[0], *carry, start + step[1] * len(group)), None
+            x, cache, _ = layers(step[0], *carry, start + step[1] * len(group))
+            return (x, cache), None
 
-        return jax.lax.scan(body, (x, cache), (group, jnp.arange(4)))[0]
+        return *jax.lax.scan(body, (x, cache), (group, jnp.arange(4)))[0], None
 
     # The package's attribute of this name is the function.
     monkeypatch.setattr(sys.modules["mud_puppy.kernels.quantized_matmul"], "_run", run)

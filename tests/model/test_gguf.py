@@ -105,10 +105,11 @@ def test_scaling_and_window_are_read(llama: Path, tmp_path: Path) -> None:
     scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     plain, _ = abstract(write(tmp_path / "a.gguf", llama))
     scaled, _ = abstract(write(tmp_path / "b.gguf", llama, **scaling))
-    ratio = np.array(plain.arch.rope.inv_freq) / np.array(scaled.arch.rope.inv_freq)
+    ratio = np.array(plain.arch.ropes[0].inv_freq) / np.array(scaled.arch.ropes[0].inv_freq)
     assert np.allclose(ratio, 4.0)
     sliding, _ = abstract(write(tmp_path / "c.gguf", llama, **{"attention.sliding_window": 7}))
-    assert (sliding.arch.family, sliding.arch.windows) == ("mistral", (7, 7, 7))
+    assert sliding.arch.family == "mistral"
+    assert [kind.window for kind in sliding.arch.kinds] == [7, 7, 7]
 
 
 @pytest.mark.parametrize(

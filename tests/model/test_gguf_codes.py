@@ -21,13 +21,14 @@ from mud_puppy.config import Config
 from mud_puppy.export import save_quantized
 from mud_puppy.kernels import Quantized, dequantize
 from mud_puppy.kernels.formats import swap_nibbles
-from mud_puppy.model import gguf_codes
+from mud_puppy.model import gguf_blocks, gguf_codes
 from mud_puppy.model.gguf import Encoded
 from mud_puppy.model.names import flatten, hf_names
 from mud_puppy.run.prepare import load_params
 from mud_puppy.weights import Scheme, is_weight, merge_quantized, quantizer
 from tests.kernels.quantized_products import check
 from tests.model.test_gguf import gguf_name, permuted
+from tests.model.test_gguf_blocks import random_blocks
 from tests.tiny import tiny_model
 
 SIZES = {
@@ -47,7 +48,23 @@ FIELDS = {
     "context_length": 128,
 }
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 259, (2, 16)), jnp.int32)
-KINDS = [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0]
+# How the sizes that fill blocks of 256 differ, and the metadata of a file with them.
+WIDE = {"hidden_size": 256, "intermediate_size": 256}
+WIDE_FIELDS = {"embedding_length": 256, "feed_forward_length": 256}
+KINDS = [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q8_0, Kind.Q4_K, Kind.Q6_K]
+FORMATS = dict.fromkeys(KINDS, ("int4", 32)) | {
+    Kind.Q5_0: ("int8", 32),
+    Kind.Q8_0: ("int8", 32),
+    Kind.Q6_K: ("int8", 16),
+}
+
+
+def encoded(w: np.ndarray, kind: Kind) -> np.ndarray:
+    """The rows as blocks; those that the gguf package cannot encode are random ones instead."""
+    if kind not in (Kind.Q4_K, Kind.Q6_K):
+        return gguf.quantize(w, kind)
+    rows = random_blocks(len(w), w.shape[1] // 256, kind, seed=int(np.abs(w[0, 0]) * 1e6))
+    return rows.reshape(len(w), -1)
 
 
 def tokenizer(writer: gguf.GGUFWriter) -> None:
@@ -63,13 +80,14 @@ def tokenizer(writer: gguf.GGUFWriter) -> None:
 
 @pytest.fixture(scope="module")
 def write(tmp_path_factory: Any) -> Callable[..., Path]:
-    """write(kind of each HF tensor, or one kind, tied=...) -> a GGUF file of a tiny llama."""
+    """write(kind of each HF tensor, or one kind, tied=..., wide: K-quants) -> a GGUF file of a tiny
+    llama."""
 
-    def make(kind: Any, tied: bool = False) -> Path:
+    def make(kind: Any, tied: bool = False, wide: bool = False) -> Path:
         path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-        model, params = tiny_model(tie_word_embeddings=tied, **SIZES)
+        model, params = tiny_model(tie_word_embeddings=tied, **SIZES | (WIDE if wide else {}))
         writer = gguf.GGUFWriter(path, "llama")
-        for key, value in FIELDS.items():
+        for key, value in (FIELDS | (WIDE_FIELDS if wide else {})).items():
             writer.add_uint32(f"llama.{key}", value)
         writer.add_float32("llama.attention.layer_norm_rms_epsilon", model.arch.norm_eps)
         tokenizer(writer)
@@ -81,7 +99,7 @@ def write(tmp_path_factory: Any) -> Callable[..., Path]:
                 w = np.ascontiguousarray(permuted(w, heads) if heads else w)
                 own: Any = kind(name) if callable(kind) else kind
                 own = Kind.F32 if w.ndim == 1 else own
-                coded = gguf.quantize(w, own)
+                coded = encoded(w, own)
                 writer.add_tensor(gguf_name(name), coded, raw_dtype=own)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -94,7 +112,7 @@ def write(tmp_path_factory: Any) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.name)
 def files(request: Any, write: Callable[..., Path]) -> tuple[Kind, Path]:
-    return request.param, write(request.param)
+    return request.param, write(request.param, wide=request.param.name.endswith("K"))
 
 
 def linears(params: Any) -> dict[str, Any]:
@@ -132,12 +150,13 @@ def test_codes_decode_to_the_floats_of_the_file(
         patch.setattr(gguf, "dequantize", lambda rows, kind: only_floats[kind](rows, kind))
         again, coded = mp.load(path, dtype="float32", keep_codes=True)
     assert again == model
-    assert {w.format for w in linears(coded).values()} == {"int8" if kind == Kind.Q8_0 else "int4"}
-    assert {w.group for w in linears(coded).values()} == {32}
+    assert {(w.format, w.group) for w in linears(coded).values()} == {FORMATS[kind]}
     assert same_bits(coded, floats)
-    stored = sum(t.n_bytes for t in gguf.GGUFReader(path).tensors)
-    assert sum(x.nbytes for x in jax.tree.leaves(coded)) == stored
-    np.testing.assert_allclose(model(coded, TOKENS), model(floats, TOKENS), atol=1e-5)
+    if kind in (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0):
+        stored = sum(t.n_bytes for t in gguf.GGUFReader(path).tensors)
+        assert sum(x.nbytes for x in jax.tree.leaves(coded)) == stored
+    want = np.asarray(model(floats, TOKENS))
+    np.testing.assert_allclose(model(coded, TOKENS), want, atol=1e-5 * np.abs(want).max())
     _, half = mp.load(path, keep_codes=True)
     w = half["layers"][0][0]["mlp"]["up_proj"]["weight"]
     want = mp.load(path)[1]["layers"][0][0]["mlp"]["up_proj"]["weight"]
@@ -151,8 +170,12 @@ def test_the_comparison_fails_for_other_codes(
     kind = Kind.Q4_0 if fault == "zero" else Kind.Q4_1
     path = write(kind)
     model, floats = mp.load(path, dtype="float32")
-    if fault == "element order":  # the file's bytes as they are
-        monkeypatch.setattr(gguf_codes, "_repacked", lambda codes: codes)
+    if fault == "element order":  # low and high nibble side by side
+        monkeypatch.setattr(
+            gguf_blocks,
+            "_nibbles",
+            lambda x: np.stack([x & 15, x >> 4], -1).reshape(*x.shape[:-1], -1),
+        )
     if fault == "rows":
         monkeypatch.setattr("mud_puppy.model.gguf._rotary_order", lambda rows, heads: None)
     _, coded = mp.load(path, dtype="float32", keep_codes=True)
@@ -179,27 +202,79 @@ def test_layers_in_q4_0_and_q4_1(write: Callable[..., Path]) -> None:
     assert same_bits(coded, floats, bits=False)  # (c - 8) d is -0 where c d - 8 d is 0
 
 
+def file_of(write: Callable[..., Path], kinds: dict[str, Kind], **options: bool) -> Path:
+    """The first kind whose key is part of the name."""
+    return write(lambda name: next(k for part, k in kinds.items() if part in name), **options)
+
+
 @pytest.mark.parametrize(
-    ("kinds", "message"),
+    ("kinds", "format", "line"),
     [
-        ({"1.mlp.up_proj": Kind.Q8_0}, r"'blk\.1\.ffn_up\.weight' is stored as Q8_0, but .* Q4_1"),
-        ({"2.self_attn.v_proj": Kind.F16}, r"'blk\.2\.attn_v\.weight' is stored as F16, but"),
-        ({"2.mlp.down_proj": Kind.Q5_0}, r"'blk\.2\.ffn_down\.weight' is stored as Q5_0; codes "),
-        ({"": Kind.F16}, r"tiny\.gguf: no weight is stored in Q4_0, Q4_1 or Q8_0"),
+        ({"1.mlp.up_proj": Kind.Q8_0, "": Kind.Q4_0}, ("int8", 32), ""),
+        ({"1.mlp.up_proj": Kind.Q8_0, "": Kind.Q5_0}, ("int8", 32), ""),
+        ({"1.mlp.up_proj": Kind.Q6_K, "": Kind.Q8_0}, ("int8", 16), ""),
+        ({"1.mlp.up_proj": Kind.Q4_K, "": Kind.Q4_0}, ("int4", 32), ""),
+        ({"1.mlp.up_proj": Kind.Q6_K, "": Kind.Q4_K}, None, "3 weights stored as Q4_K, Q6_K"),
+        ({"1.mlp.up_proj": Kind.Q8_0, "": Kind.Q4_1}, None, "3 weights stored as Q4_1, Q8_0"),
+        ({"1.mlp.up_proj": Kind.F16, "": Kind.Q4_1}, None, "3 weights stored as F16, Q4_1"),
+        ({"mlp.up_proj": Kind.Q5_1, "": Kind.Q4_1}, None, "3 weights stored as Q5_1"),
+        ({"mlp.up_proj": Kind.F16, "": Kind.Q4_1}, None, ""),
     ],
 )
-def test_files_whose_codes_are_not_kept(
-    kinds: dict[str, Kind], message: str, write: Callable[..., Path]
+def test_layers_of_several_types(
+    kinds: dict[str, Kind], format: Any, line: str, write: Callable[..., Path], caplog: Any
 ) -> None:
-    path = write(lambda name: next((k for part, k in kinds.items() if part in name), Kind.Q4_1))
-    with pytest.raises(mp.UserError, match=message + ".*load without keep_codes"):
-        mp.load(path, keep_codes=True)
-    mp.load(path)
+    path = file_of(write, kinds, wide=True)
+    _, floats = mp.load(path, dtype="float32")
+    caplog.clear()
+    _, coded = mp.load(path, dtype="float32", keep_codes=True)
+    assert same_bits(coded, floats, bits=False)
+    mlp = coded["layers"][0][0]["mlp"]
+    up = mlp["up_proj"]["weight"]
+    assert ((up.format, up.group) if is_weight(up) else None) == format
+    assert is_weight(mlp["down_proj"]["weight"])
+    assert len(caplog.messages) == bool(line) and line in "".join(caplog.messages)
+
+
+def test_a_file_like_llama_cpps_q4_k_m(write: Callable[..., Path], caplog: Any) -> None:
+    # More bits for the head, and for some layers of v and down.
+    six = ("embed", "head", "0.self_attn.v_proj", "0.mlp.down_proj")
+    path = file_of(write, dict.fromkeys(six, Kind.Q6_K) | {"": Kind.Q4_K}, wide=True)
+    model, floats = mp.load(path, dtype="float32")
+    caplog.clear()
+    _, coded = mp.load(path, dtype="float32", keep_codes=True)
+    assert same_bits(coded, floats, bits=False)
+    found = {path: w.format if is_weight(w) else "" for path, w in linears(coded).items()}
+    plain = {path.split("/")[-2] for path, format in found.items() if not format}
+    assert plain == {"v_proj", "down_proj"} and found["head"] == found["embed"] == "int8"
+    (line,) = caplog.messages
+    assert "the layers of a weight are kept in one format: 6 weights stored as Q4_K, Q6_K" in line
+    want = np.asarray(model(floats, TOKENS))
+    np.testing.assert_allclose(model(coded, TOKENS), want, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_file_of_floats_has_no_codes(write: Callable[..., Path]) -> None:
+    with pytest.raises(mp.UserError, match=r"tiny\.gguf: no weight is stored in Q4_0, .* or Q6_K"):
+        mp.load(write(Kind.F16), keep_codes=True)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_scale_that_is_no_number(kind: Kind, value: float, write: Callable[..., Path]) -> None:
+    path = write(kind, wide=kind.name.endswith("K"))
+    (tensor,) = (t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.ffn_up.weight")
+    raw, at = bytearray(path.read_bytes()), int(tensor.data_offset)
+    at += 208 if kind == Kind.Q6_K else 0
+    raw[at : at + 2] = np.float16(value).tobytes()
+    path.write_bytes(raw)
+    for keep in (True, False):
+        with pytest.raises(mp.UserError, match=r"'blk\.1\.ffn_up\.weight' holds a"):
+            mp.load(path, keep_codes=keep)
 
 
 def test_embedding_and_weights_in_floats(write: Callable[..., Path]) -> None:
-    kinds = {"embed": Kind.Q5_0, "down_proj": Kind.F16, "lm_head": Kind.Q8_0}
-    path = write(lambda name: next((k for part, k in kinds.items() if part in name), Kind.Q4_1))
+    kinds = {"embed": Kind.Q5_1, "down_proj": Kind.F16, "lm_head": Kind.Q8_0, "": Kind.Q4_1}
+    path = file_of(write, kinds)
     _, coded = mp.load(path, dtype="float32", keep_codes=True)
     assert same_bits(coded, mp.load(path, dtype="float32")[1])
     block = coded["layers"][0][0]["mlp"]
@@ -244,10 +319,12 @@ def test_products_and_gradients(kind: Kind, implementation: str) -> None:
         values.dtype,
         lambda a, b, out: None,
         type=kind.name,
-        blocks=lambda: gguf.quantize(values, kind),
+        blocks=lambda: encoded(values, kind),
     )
-    w = jax.tree.map(jnp.asarray, gguf_codes._leaf(tensor, values.shape, "bfloat16", False))
-    assert np.abs(dequantize(w, jnp.float32) - values).max() < 0.5
+    target = gguf_codes._target({kind.name})
+    assert target is not None
+    w = jax.tree.map(jnp.asarray, gguf_codes._leaf(tensor, values.shape, "bfloat16", target))
+    assert (w.format, w.group) == FORMATS[kind]
     check(w, 3, jnp.bfloat16, implementation)
 
 

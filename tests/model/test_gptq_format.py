@@ -1,5 +1,6 @@
 """The GPTQ layout against a reader of single bits, and there and back."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mud_puppy.model.gptq_format import (
     quantization_config,
     read,
     unpack,
+    why_floats,
 )
 from mud_puppy.weights.gptq import round_to_nearest, to_quantized
 
@@ -34,6 +36,10 @@ def packed(bits, symmetric):
 
 def config(bits, symmetric=True, **other):
     return quantization_config(bits, GROUP, symmetric, False, 0.01) | other
+
+
+def leaf_of(tensors, config, dtype=jnp.float32):
+    return jax.tree.map(jnp.asarray, read(tensors, (OUT, IN), config, dtype))
 
 
 def bits_of(words):
@@ -80,7 +86,7 @@ def test_three_bits_run_over_the_ends_of_words():
 @pytest.mark.parametrize(("bits", "symmetric"), CASES)
 def test_there_and_back(bits, symmetric):
     codes, scales, zeros = found(bits, symmetric)
-    leaf = read(packed(bits, symmetric), (OUT, IN), config(bits, symmetric), jnp.float32)
+    leaf = leaf_of(packed(bits, symmetric), config(bits, symmetric))
     want = to_quantized(codes, scales, zeros, bits, jnp.float32)
     assert isinstance(leaf, Quantized) and leaf.format == want.format
     np.testing.assert_array_equal(dequantize(leaf), dequantize(want))
@@ -102,18 +108,18 @@ def test_version_two_holds_zero_points_as_they_are():
 
 def test_inputs_in_another_order_are_decoded():
     tensors = packed(4, False)
-    ordered = read(tensors, (OUT, IN), config(4), jnp.float32)
+    ordered = leaf_of(tensors, config(4))
     del tensors["g_idx"]
-    np.testing.assert_array_equal(
-        dequantize(read(tensors, (OUT, IN), config(4), jnp.float32)), dequantize(ordered)
-    )
+    np.testing.assert_array_equal(dequantize(leaf_of(tensors, config(4))), dequantize(ordered))
     index = np.random.default_rng(1).permutation(IN) // GROUP
     tensors["g_idx"] = index.astype(np.int32)
+    assert "order of the inputs" in why_floats(tensors["g_idx"], IN // GROUP)
+    assert not why_floats(np.sort(tensors["g_idx"]), IN // GROUP)
     got = read(tensors, (OUT, IN), config(4, desc_act=True), jnp.bfloat16)
-    assert not isinstance(got, Quantized) and got.dtype == jnp.bfloat16
+    assert not isinstance(got, Quantized) and got.dtype == np.float32
     codes, scales, zeros = (np.asarray(x, np.float32) for x in found(4, False))
     want = (codes - zeros[:, index]) * scales[:, index]
-    np.testing.assert_array_equal(got, jnp.asarray(want, jnp.bfloat16))
+    np.testing.assert_array_equal(got, want)
 
 
 def test_what_does_not_fit_is_named():
@@ -123,6 +129,12 @@ def test_what_does_not_fit_is_named():
     bad = tensors | {"g_idx": np.full(IN, 9, np.int32)}
     with pytest.raises(UserError, match="names group 9 of 3"):
         read(bad, (OUT, IN), config(4), jnp.float32)
+    for name in ("qweight", "qzeros"):
+        bad = tensors | {name: tensors[name].astype(np.int64)}
+        with pytest.raises(UserError, match=f"'{name}' is int64, not int32"):
+            read(bad, (OUT, IN), config(4), jnp.float32)
+    with pytest.raises(UserError, match=r"'scales' has shape \(32,\)"):
+        read(tensors | {"scales": tensors["scales"][0]}, (OUT, IN), config(4), jnp.float32)
     codes, scales, zeros = (np.asarray(x) for x in found(4, False))
     with pytest.raises(UserError, match="no zero point of 0"):
         pack(codes, scales, zeros * 0, 4)
@@ -141,10 +153,10 @@ def test_what_does_not_fit_is_named():
         ({"bits": 5}, "5 bits"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
         ({"pack_dtype": "int64"}, "pack_dtype int64"),
-        ({"dynamic": {"-:lm_head": {}}}, "dynamic"),
+        ({"dynamic": {"-:lm_head": {}, "+:.*up": {"bits": 8}}}, "dynamic"),
     ],
 )
 def test_configs_that_are_not_understood(change, match):
-    check_config(config(4))
+    check_config(config(4) | {"dynamic": {"-:lm_head": {}}})
     with pytest.raises(UserError, match=match):
         check_config(config(4) | change)

@@ -115,6 +115,14 @@ def test_old_rotary_tensors_are_ignored(llama: Path, tmp_path: Path) -> None:
     assert equal(load(copy)[1], load(llama)[1])
 
 
+def test_a_nan_is_no_fault_of_the_file(llama: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(llama, tmp_path / "nan")
+    stored = load_file(llama / "model.safetensors")
+    stored["model.norm.weight"][:2] = np.nan, -np.inf
+    save_file(stored, copy / "model.safetensors")
+    assert np.array_equal(load(copy, dtype=None)[1]["final_norm"][:2], [np.nan, -np.inf], True)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -208,12 +216,11 @@ BAD = {
         write("config.json", "{}"),
         r"config\.json: model_type 'None' has no table.*llama",
     ),
-    "unknown family": (edit_config(model_type="gpt2"), r"model_type 'gpt2' has no table.*qwen3"),
+    "unknown family": (edit_config(model_type="opt"), r"model_type 'opt' has no table.*qwen3"),
     "unread config field": (
         edit_config(embedding_multiplier=12.0),
         r"not understood: embedding_multiplier=12\.0",
     ),
-    "attention dropout": (edit_config(attention_dropout=0.1), "attention_dropout=0.1"),
     "quantized": (edit_config(**QUANTIZED), "no tensor is quantized"),
     "act": (edit_config(hidden_act="relu6"), "hidden_act 'relu6' is not supported"),
     "rope kind": (
@@ -301,16 +308,17 @@ for case in cases:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = kib("VmRSS")
     _, params = load(big, dtype=dtype, mesh=mesh)
-    print(1024 * (kib("VmHWM") - before), flush=True)
+    print(1024 * (kib("VmHWM") - before), 1024 * kib("VmHWM"), flush=True)
     del params
 """
 
 
 @pytest.fixture(scope="module")
 def big(llama: Path, tmp_path_factory: Any) -> tuple[Path, int, int]:
-    """(folder, bytes, bytes of its largest tensor) of a llama of about 300 MB in float32."""
+    """(folder, bytes, bytes of its largest tensor) of a llama of about 300 MB in float32, in four
+    shards."""
     from mud_puppy.model.names import flatten, hf_names
-    from mud_puppy.model.tensors import write_safetensors
+    from mud_puppy.model.save import write_weights
 
     folder = tmp_path_factory.mktemp("big")
     fields = json.loads((llama / "config.json").read_text()) | {
@@ -320,7 +328,6 @@ def big(llama: Path, tmp_path_factory: Any) -> tuple[Path, int, int]:
         "num_hidden_layers": 4,
         "head_dim": 256,
     }
-    (folder / "config.json").write_text(json.dumps(fields))
     model, shapes = abstract(fields)
     leaves, names = flatten(shapes), hf_names(model.arch, shapes)
     specs = {
@@ -328,17 +335,22 @@ def big(llama: Path, tmp_path_factory: Any) -> tuple[Path, int, int]:
         for p in leaves
         for name in names[p]
     }
-    tensors = (np.ones(shape, dtype) for shape, dtype in specs.values())
-    write_safetensors(folder / "model.safetensors", specs, tensors)
+    write_weights(folder, specs, lambda name: np.ones(*specs[name]), 90 * 2**20)
+    assert len(list(folder.glob("model-*-of-00004.safetensors"))) == 4
+    (folder / "config.json").write_text(json.dumps(fields))
     sizes = [4 * int(np.prod(shape)) for shape, _ in specs.values()]
     return folder, sum(sizes), max(sizes)
 
 
 def test_host_memory_is_the_model_and_one_tensor(llama: Path, big: tuple[Path, int, int]) -> None:
+    """And of the whole process 700 MB more than the model, most of which are libraries; tools/
+    bench_load.py says the same of 4 GB."""
     folder, size, largest = big
     assert size > 250e6
     cases = {"float32:": size, "bfloat16:": size // 2, "float32:fsdp=8": size}
     args = [sys.executable, "-c", MEASURE, str(llama), str(folder), *cases]
     done = subprocess.run(args, capture_output=True, text=True, env=os.environ, check=True)
-    for used, held in zip(done.stdout.split(), cases.values(), strict=True):
-        assert 0.9 * held < int(used) <= 1.2 * held + largest
+    for line, held in zip(done.stdout.splitlines(), cases.values(), strict=True):
+        used, peak = map(int, line.split())
+        assert 0.9 * held < used <= 1.2 * held + largest
+        assert peak <= held + 700e6

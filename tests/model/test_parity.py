@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mud_puppy.model import load
+from mud_puppy.model.arch import Layer
 
 TOLERANCE = 1e-5  # of the largest logit, float32
 
@@ -113,8 +114,8 @@ def arch(**changes: Any) -> Any:
 
 def rope(**changes: Any) -> Any:
     def mutate(model: Any, params: Any) -> Any:
-        changed = dataclasses.replace(model.arch.rope, **changes)
-        return arch(rope=changed)(model, params)
+        changed = dataclasses.replace(model.arch.ropes[0], **changes)
+        return arch(ropes=(changed,))(model, params)
 
     return mutate
 
@@ -156,9 +157,9 @@ MUTATIONS: dict[str, tuple[str, Any]] = {
     "yarn-scale": ("llama-yarn", rope(scale=1.0)),
     "dynamic": ("llama-dynamic", rope(dynamic=None)),
     "dynamic-limit": ("llama-dynamic", rope(dynamic=(1000.0, 2.0, 17))),
-    "window": ("mistral-window", arch(windows=(6, 6, 6))),
-    "window-none": ("mistral-window", arch(windows=(None, None, None))),
-    "window-layers": ("qwen2-alternating-tied", arch(windows=(5, None, 5, None))),
+    "window": ("mistral-window", arch(kinds=(Layer(6),) * 3)),
+    "window-none": ("mistral-window", arch(kinds=(Layer(),) * 3)),
+    "window-layers": ("qwen2-alternating-tied", arch(kinds=(Layer(5), Layer()) * 2)),
     "q-norm": ("qwen3", leaf("self_attn", "q_norm", dropped)),
     "q-bias": ("qwen2", leaf("self_attn", "q_proj", unbiased)),
     "v-bias": ("qwen2", leaf("self_attn", "v_proj", unbiased)),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mud_puppy.model import Inputs, decoder, scan_layers, tile
+from mud_puppy.model import Inputs, block, make_cache, scan_layers, tile
 from mud_puppy.run.methods import SFT
 from mud_puppy.weights import Lora, add_lora, combine, is_weight, partition, quantize, with_dropout
 from tests.tiny import tiny_model
@@ -93,8 +93,9 @@ def test_tiles_give_the_loss_and_gradients_of_the_whole(family, kind, rows, leng
     assert same(tiled, results(model, params, batch, remat))
 
 
-def without_residual(arch, p, x, out):
-    return _from_attention(arch, p, x, out) - x
+def without_residual(arch, p, x, out, *mask):
+    y, routed = _from_attention(arch, p, x, out, *mask)
+    return y - x, routed
 
 
 def first_tiles_angles(x, devices, size):
@@ -107,13 +108,13 @@ def in_another_order(x, B, T):
     return _whole(x[::-1], B, T)
 
 
-_from_attention, _cut, _whole = decoder._from_attention, tile._cut, tile._whole
+_from_attention, _cut, _whole = block._from_attention, tile._cut, tile._whole
 
 
 @pytest.mark.parametrize(
     ("module", "name", "wrong"),
     [
-        (decoder, "_from_attention", without_residual),
+        (block, "_from_attention", without_residual),
         (tile, "_cut", first_tiles_angles),
         (tile, "_whole", in_another_order),
     ],
@@ -199,7 +200,7 @@ def test_tiles_divide_or_are_nearly_equal(tokens, most, size):
 def test_a_cache_takes_all_tokens_at_once():
     model, params = model_of("llama", "full")
     inputs = Inputs(jnp.arange(32)[None])
-    cache = decoder.make_cache(model.arch, 1, 32, jnp.float32)
+    cache = make_cache(model.arch, 1, 32, jnp.float32)
 
     def hidden(model):
         return model.forward(params, inputs, cache)[0]

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from mud_puppy.export import save_hf
+from mud_puppy.model.arch import Layer
 from mud_puppy.sampling import Options, generate_tokens
 
 NEW = 64
@@ -38,9 +39,11 @@ def mutant(family: str, model, params):
     """The model with one thing of its family wrong."""
     arch = model.arch
     if family == "mistral":
-        return replace(model, arch=arch.replace(windows=(None,) * arch.layers)), params
+        return replace(model, arch=arch.replace(kinds=(Layer(),) * arch.layers)), params
     if family == "dynamic":
-        return replace(model, arch=arch.replace(rope=replace(arch.rope, dynamic=None))), params
+        return replace(
+            model, arch=arch.replace(ropes=(replace(arch.ropes[0], dynamic=None),))
+        ), params
     swapped = jax.tree.map(lambda leaf: leaf[::-1], params["layers"])
     return model, {**params, "layers": swapped}
 

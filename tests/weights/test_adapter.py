@@ -117,6 +117,24 @@ def test_a_saved_adapter_loads_as_it_was(base: Path, tmp_path: Path) -> None:
     assert {w.dropout for w in loras(again)} == {0.1}
 
 
+@pytest.mark.parametrize(
+    ("source", "base_model", "revision"),
+    [
+        ("org/name@refs/pr/3", "org/name", "refs/pr/3"),
+        ("org/name", "org/name", None),
+        ("/models/name@v1", "/models/name@v1", None),
+    ],
+)
+def test_a_base_model_of_a_revision(
+    source: str, base_model: str, revision: str | None, base: Path, tmp_path: Path
+) -> None:
+    model, params = load(base)
+    params = add_lora(params, 4, key=jax.random.key(0))
+    save_adapter(dataclasses.replace(model, source=source), params, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (base_model, revision)
+
+
 def test_stacked_adapters_are_written_as_one(
     base: Path, make_adapter: Any, peft_logits: Any, tokens: Any, tmp_path: Path
 ) -> None:

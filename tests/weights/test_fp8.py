@@ -156,14 +156,14 @@ def test_a_stack_is_read_at_its_layer(tiny):
     for given in (params, add_lora(params, 4, 8, key=jax.random.key(1))):
         ours = real(given)
         texts = model(ours, TOKENS[:, :6])
-        cached, _ = mp.model.decoder.decode(
+        cached, *_ = mp.model.decoder.decode(
             model.arch,
             ours,
             mp.model.Inputs(jnp.asarray(TOKENS[:, :6])),
             mp.model.decoder.make_cache(model.arch, 8, 6, jnp.float32),
             mp.model.scan_layers,
         )
-        logits = mp.model.decoder.logits(ours, cached)
+        logits = mp.model.decoder.logits(model.arch, ours, cached)
         np.testing.assert_allclose(logits, texts, atol=1e-4)
 
 

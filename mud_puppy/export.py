@@ -4,6 +4,7 @@ Tensors go to disk one at a time, each gathered from its shards, merged and roun
 """
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -27,6 +28,8 @@ from mud_puppy.weights import Int8Dynamic, Lora, base_of, dense, is_weight
 from mud_puppy.weights.tree import under_rounding
 
 Tree = Any
+
+log = logging.getLogger("mud_puppy")
 
 _CODES = Quantized | Int8Dynamic
 
@@ -91,6 +94,18 @@ def save_quantized(
     places = _places(model, params)
     coded = _coded(places, dtype)
     layout = layout or _layout(places, dtype)
+    plain = [
+        n
+        for n, p in places.items()
+        if isinstance(p.leaf, _CODES) and n.removesuffix(".weight") not in coded
+    ]
+    if plain:
+        log.warning(
+            "%s: %d tensors, as %s, are written as floats: layouts of codes have no tensor of all experts",
+            out,
+            len(plain),
+            plain[0],
+        )
     packed = lru_cache(maxsize=1)(lambda module: layout.pack(_one(coded[module])))
     specs: dict[str, Spec] = {}
     of: dict[str, tuple[str, str]] = {}

@@ -256,6 +256,12 @@ class Config:
     adam_beta2: float = _train(0.999, "decay of the squared gradient", BELOW_1, needs=_ADAMW)
     adam_epsilon: float = _train(1e-8, "added to the denominator", POSITIVE, needs=_ADAMW)
     max_grad_norm: float | None = _train(1.0, "clip the gradient's norm; null: never", POSITIVE)
+    router_aux_loss_coef: float = _train(
+        0.0, "models with experts: weight of the load-balancing loss", NOT_NEGATIVE
+    )
+    router_z_loss_coef: float = _train(
+        0.0, "models with experts: weight of the router z-loss", NOT_NEGATIVE
+    )
     gradient_checkpointing: Checkpointing = _train(
         "full",
         "what the backward pass computes again: all, all (inputs on the host), ...",

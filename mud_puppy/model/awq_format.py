@@ -54,24 +54,24 @@ def read(
             f"AWQ: a weight {shape} is no whole words of 8 outputs, and groups of {group} inputs"
         )
     groups = size // group
-    codes = _nibbles(checked(tensors, "qweight", (size, out // 8), np.int32))
-    zeros = _nibbles(checked(tensors, "qzeros", (groups, out // 8), np.int32))
-    scales = checked(tensors, "scales", (groups, out))
-    # Two inputs a byte first: the copy in the other order is then of half the bytes.
-    pairs = (codes[::2] << 4) | codes[1::2]
-    return Quantized(
-        np.ascontiguousarray(pairs.T),
-        np.ascontiguousarray(scales.T.astype(np.float32)),
-        np.ascontiguousarray(zeros.T),
-        format="int4",
-        dtype=np.dtype(dtype),
-    )
+    words = _by_output(checked(tensors, "qweight", (size, out // 8), np.int32))
+    even, odd = words[:, ::2], words[:, 1::2]
+    codes = _outputs((even << 4) | (odd & 15), (even & 0xF0) | (odd >> 4))
+    words = _by_output(checked(tensors, "qzeros", (groups, out // 8), np.int32))
+    zeros = _outputs(words & 15, words >> 4)
+    scales = np.ascontiguousarray(checked(tensors, "scales", (groups, out)).T.astype(np.float32))
+    return Quantized(codes, scales, zeros, format="int4", dtype=np.dtype(dtype))
 
 
-def _nibbles(words: np.ndarray) -> np.ndarray:
-    """uint8 [n, out] of int32 [n, out / 8], the outputs in their own order."""
-    stored = np.ascontiguousarray(words.astype("<i4")).view(np.uint8).reshape(len(words), -1, 4)
-    codes = np.empty((*stored.shape[:2], 8), np.uint8)
-    codes[..., ORDER[::2]] = stored & 15
-    codes[..., ORDER[1::2]] = stored >> 4
-    return codes.reshape(len(words), -1)
+def _by_output(words: np.ndarray) -> np.ndarray:
+    """uint8 [out / 8, n, 4], the bytes of int32 [n, out / 8]: words are transposed, not codes."""
+    return np.ascontiguousarray(words.T.astype("<i4")).view(np.uint8).reshape(*words.T.shape, 4)
+
+
+def _outputs(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """uint8 [out, n] of what each byte of the words says of two outputs, both [out / 8, n, 4]."""
+    found = np.empty((len(low), 8, low.shape[1]), np.uint8)
+    for byte in range(4):
+        found[:, ORDER[2 * byte]] = low[..., byte]
+        found[:, ORDER[2 * byte + 1]] = high[..., byte]
+    return found.reshape(-1, low.shape[1])

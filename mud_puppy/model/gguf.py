@@ -16,27 +16,14 @@ import gguf
 import numpy as np
 
 from mud_puppy.errors import UserError
-from mud_puppy.model.gguf_config import ROPE_FACTORS, config_fields, metadata
+from mud_puppy.model.gguf_architectures import ARCHITECTURES
+from mud_puppy.model.gguf_config import FACTORS, config_fields, metadata
 from mud_puppy.model.gguf_header import check_header
+from mud_puppy.model.gguf_names import hf_names
 from mud_puppy.model.hf_config import to_config
 from mud_puppy.model.tensors import Stored
 
 __all__ = ["Encoded", "metadata", "open_gguf", "open_reader"]
-
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,24 +42,34 @@ def open_gguf(path: Path) -> tuple[Any, dict[str, Stored]]:
     """(transformers config, tensors by HF name); rows are read in float32."""
     reader = open_reader(path)
     config = to_config(config_fields(reader, path), str(path))
-    tensors = {}
+    family = metadata(reader, "general.architecture")
+    names, tensors = hf_names(family, config), {}
     for tensor in reader.tensors:
-        if tensor.name == ROPE_FACTORS:
+        if tensor.name in FACTORS:
             continue  # the config has them
-        name = _hf_name(tensor.name, path)
-        order = None
-        if config.model_type in ("llama", "mistral") and "self_attn.q_proj" in name:
-            order = _rotary_order(len(tensor.data), config.num_attention_heads)
-        if config.model_type in ("llama", "mistral") and "self_attn.k_proj" in name:
-            order = _rotary_order(len(tensor.data), config.num_key_value_heads)
-        tensors[name] = Encoded(
-            tuple(int(size) for size in reversed(tensor.shape)),
-            np.dtype(np.float32),
-            partial(_read, tensor, order),
-            f"{path}: tensor '{tensor.name}'",
-            type=tensor.tensor_type.name,
-            blocks=partial(_blocks, tensor, order),
-        )
+        if tensor.name not in names:
+            raise UserError(
+                f"{path}: tensor '{tensor.name}' is not read from GGUF; use the safetensors model"
+            )
+        shape, own = tuple(int(size) for size in reversed(tensor.shape)), names[tensor.name]
+        experts = len(own) > 1
+        if experts and (len(shape) != 3 or shape[0] != len(own)):
+            raise UserError(
+                f"{path}: tensor '{tensor.name}' has shape {shape}, but the config says "
+                f"{len(own)} experts"
+            )
+        for e, name in enumerate(own):
+            data = tensor.data[e] if experts else tensor.data
+            order = _order(name, len(data), config) if ARCHITECTURES[family].rotary else None
+            offset = ARCHITECTURES[family].norm_offset if name.endswith("norm.weight") else 0.0
+            tensors[name] = Encoded(
+                shape[1:] if experts else shape,
+                np.dtype(np.float32),
+                partial(_read, tensor, data, order, offset),
+                f"{path}: tensor '{tensor.name}'",
+                type=tensor.tensor_type.name,
+                blocks=partial(_blocks, data, order),
+            )
     return config, tensors
 
 
@@ -89,9 +86,15 @@ def open_reader(path: Path) -> gguf.GGUFReader:
 
 
 def _read(
-    tensor: gguf.ReaderTensor, order: np.ndarray | None, a: int, b: int, out: np.ndarray
+    tensor: gguf.ReaderTensor,
+    data: np.ndarray,
+    order: np.ndarray | None,
+    offset: float,
+    a: int,
+    b: int,
+    out: np.ndarray,
 ) -> None:
-    rows = tensor.data[a:b] if order is None else tensor.data[order[a:b]]
+    rows = data[a:b] if order is None else data[order[a:b]]
     try:
         with np.errstate(all="ignore"):  # of scales that are no numbers, which are refused below
             out[...] = gguf.dequantize(rows, tensor.tensor_type)
@@ -102,18 +105,20 @@ def _read(
         ) from None
     if not np.isfinite(out).all():
         raise UserError(f"GGUF tensor '{tensor.name}' holds a NaN or an infinity: a corrupt file")
-    _forget(tensor)
+    if offset:
+        out -= np.float32(offset)
+    _forget(data)
 
 
-def _blocks(tensor: gguf.ReaderTensor, order: np.ndarray | None) -> np.ndarray:
-    rows = np.array(tensor.data) if order is None else tensor.data[order]
-    _forget(tensor)
+def _blocks(data: np.ndarray, order: np.ndarray | None) -> np.ndarray:
+    rows = np.array(data) if order is None else data[order]
+    _forget(data)
     return rows.view(np.uint8)
 
 
-def _forget(tensor: gguf.ReaderTensor) -> None:
+def _forget(data: np.ndarray) -> None:
     """The pages that were read would count as this process's memory."""
-    _mapping(tensor.data).madvise(mmap.MADV_DONTNEED)
+    _mapping(data).madvise(mmap.MADV_DONTNEED)
 
 
 def _mapping(array: Any) -> mmap.mmap:
@@ -122,16 +127,10 @@ def _mapping(array: Any) -> mmap.mmap:
     return array
 
 
-def _rotary_order(rows: int, heads: int) -> np.ndarray:
-    """Row of the file that holds each HF row: (2 d + h) of a head for HF's (h * hd/2 + d)."""
-    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
-
-
-def _hf_name(name: str, path: Path) -> str:
-    stem, _, kind = name.rpartition(".")
-    if stem in _TOP:
-        return f"{_TOP[stem]}.{kind}"
-    parts = stem.split(".")
-    if parts[0] == "blk" and len(parts) == 3 and parts[2] in _LAYER:
-        return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{kind}"
-    raise UserError(f"{path}: tensor '{name}' is not read from GGUF; use the safetensors model")
+def _order(name: str, rows: int, config: Any) -> np.ndarray | None:
+    """Row of the file that holds each HF row of q and k: (2 d + h) of a head for HF's
+    (h * hd/2 + d); None: its own."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    if (count := heads.get(name.split(".")[-2])) is None:
+        return None
+    return np.arange(rows).reshape(count, rows // count // 2, 2).swapaxes(1, 2).reshape(-1)

@@ -74,10 +74,17 @@ class GgufCodes:
         return leaf in self._stacks
 
     def read(self, leaf: str, shape: tuple[int, ...], dtype: str) -> Iterator[Any]:
-        """The leaf of each layer [out, in] of a stack, or the one; one tensor at a time."""
+        """The leaf of each layer ([out, in], or [E, out, in] of experts) of a stack of this shape,
+        or the one."""
         stack, target = self._stacks[leaf]
-        for tensor in stack:
-            yield jax.tree.map(jnp.asarray, _leaf(tensor, shape[-2:], dtype, target))
+        own = shape[1:] if leaf.startswith("layers/") else shape
+        each = own[0] if len(own) == 3 else 1
+        for i in range(0, len(stack), each):
+            parts = [_leaf(tensor, own[-2:], dtype, target) for tensor in stack[i : i + each]]
+            if len(own) == 3:
+                yield jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs)), *parts)
+            else:
+                yield jax.tree.map(jnp.asarray, parts[0])
 
 
 def say_decoded(where: Path, tensors: Iterable[Stored]) -> None:

@@ -134,7 +134,7 @@ def read(
     stored = zeros if has_zeros(config, tensors["qzeros"]) else None
     if bits == 8:
         # As `weights.gptq.to_quantized`, in numpy: both lowered by 128.
-        codes = (np.ascontiguousarray(_from_words(tensors["qweight"], 8).T) ^ 128).view(np.int8)
+        codes = (_bytes(tensors["qweight"]) ^ 128).view(np.int8)
         own = None if stored is None else (stored ^ 128).view(np.int8)
         return Quantized(codes, scales, own, format="int8", dtype=np.dtype(dtype))
     if stored is None and bits < 4:  # int4 without zero points means 8
@@ -164,10 +164,15 @@ def _ordered(index: np.ndarray, groups: int) -> bool:
     return not n % groups and bool((index == np.arange(n) // (n // groups)).all())
 
 
+def _bytes(words: np.ndarray) -> np.ndarray:
+    """uint8 [out, bytes], the inputs of each output in order: words are transposed, not codes."""
+    return np.ascontiguousarray(words.T.astype("<i4")).view(np.uint8)
+
+
 def _pairs(words: np.ndarray, bits: int) -> np.ndarray:
     """uint8 [out, in / 2], int4's two a byte, of qweight."""
-    if bits == 4:  # words hold eight inputs of an output: a fourth of the codes to transpose
-        return swap_nibbles(np.ascontiguousarray(words.T.astype("<i4")).view(np.uint8))
+    if bits == 4:
+        return swap_nibbles(_bytes(words))
     codes = _from_words(words, bits).T
     return np.ascontiguousarray((codes[:, ::2] << 4) | codes[:, 1::2])
 

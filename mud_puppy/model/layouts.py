@@ -16,6 +16,7 @@ from mud_puppy.model import (
     bitsandbytes_int8,
     compressed_config,
     compressed_tensors,
+    fp8_format,
     gptq_format,
     mxfp4_format,
 )
@@ -133,6 +134,25 @@ def _compressed(config: Config, names: Names) -> Layout:
     return Layout(parts, kind, read)
 
 
+def _fp8(config: Config, names: Names) -> Layout:
+    scheme = fp8_format.scheme(config)
+
+    def parts(weight: str) -> Parts | None:
+        module = _module(weight)
+        needed, extras = fp8_format.SUFFIXES, fp8_format.EXTRAS
+        if f"{module}.{needed[-1]}" not in names:
+            return None
+        return _join(module, [*needed, *(name for name in extras if f"{module}.{name}" in names)])
+
+    def kind(weight: str, tensors: Mapping[str, Stored]) -> Kind:
+        return Kind(repr(scheme), f"keep their codes, with inputs as they are ({scheme.unrounded})")
+
+    def read(weight: str, arrays: Arrays, shape: Shape, dtype: Any) -> Any:
+        return fp8_format.read(arrays, (shape[0], shape[1]), scheme, dtype)
+
+    return Layout(parts, kind, read)
+
+
 def _bitsandbytes(config: Config, names: Names) -> Layout:
     if config.get("load_in_8bit"):
         return _bitsandbytes_int8(names)
@@ -196,6 +216,7 @@ _LAYOUTS = {
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed,
+    "fp8": _fp8,
     "bitsandbytes": _bitsandbytes,
     "mxfp4": _mxfp4,
 }

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mud_puppy.model.arch import Arch, Experts
 from mud_puppy.model.mlp import gated, mlp, module
 from mud_puppy.parallel import BATCH
-from mud_puppy.weights.experts import expert_linear, own_dropout
+from mud_puppy.weights.experts import expert_linear, observed, own_dropout
 
 Tree = Any
 
@@ -84,7 +84,8 @@ def _on_mesh(arch: Arch, p: Tree, x: Array, weights: Array, chosen: Array) -> Ar
     A batch that the devices do not divide is computed whole on each, as attention is.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    # What notes its inputs notes those of all devices.
+    if mesh.empty or mesh.size == 1 or observed(p):
         return _chosen(arch, p, x, weights, chosen)
 
     def own(p: Tree, *args: Array) -> Array:

@@ -4,7 +4,8 @@ A stored tensor is read once, however many devices hold parts of it. On CPU the 
 arrays; on an accelerator they are copied over and freed, leaf by leaf.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from math import prod
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from mud_puppy.errors import UserError
 from mud_puppy.model.tensors import Stored, check_float
 
 Bounds = tuple[slice, ...]
@@ -34,11 +36,13 @@ def read_leaf(
     kind = np.dtype(dtype or reduce(jnp.promote_types, [part.dtype for part in parts]))
     if sharding is None:
         everything = tuple(slice(0, size) for size in shape)
+        _check_room(parts, [everything], kind)
         buffer = _allocate(everything, kind)
         _fill_layers(parts, [(everything, buffer)], shape)
         return jax.device_put(buffer).block_until_ready()
     indices = sharding.addressable_devices_indices_map(shape)
     places = {device: _bounds(index or (), shape) for device, index in indices.items()}
+    _check_room(parts, {str(at): at for at in places.values()}.values(), kind)
     shards = {str(at): (at, _allocate(at, kind)) for at in places.values()}
     _fill_layers(parts, list(shards.values()), shape)
     arrays = [jax.device_put(shards[str(at)][1], device) for device, at in places.items()]
@@ -94,9 +98,25 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
     return tuple(slice(*s.indices(size)) for s, size in zip(index, shape, strict=True))
 
 
+def _check_room(parts: Sequence[Stored], shards: Iterable[Bounds], dtype: np.dtype) -> None:
+    """A file with holes can hold any size on a small disk, and memory is given before it is there:
+    asked for too much, the kernel ends the process instead of refusing."""
+    needed = sum(prod(_shape(at)) * dtype.itemsize for at in shards)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(
+            f"{parts[0].where} and those stacked with it take {needed / 1e9:.0f} GB, this machine "
+            f"has {there / 1e9:.0f} GB of memory; is the file what it should be?"
+        )
+
+
+def _shape(at: Bounds) -> tuple[int, ...]:
+    return tuple(s.stop - s.start for s in at)
+
+
 def _allocate(at: Bounds, dtype: np.dtype) -> np.ndarray:
     """An uninitialised host array that XLA takes over as it is."""
-    shape = tuple(s.stop - s.start for s in at)
+    shape = _shape(at)
     size = prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGN, np.uint8)
     start = -raw.ctypes.data % _ALIGN

@@ -121,7 +121,8 @@ def _older_rope(spec: dict[str, Any] | None, family: str) -> dict[str, Any]:
     if local and family.startswith("gemma3"):
         older["rope_local_base_freq"] = local["rope_theta"]
     if family == "gpt_neox":
-        return older | {"rotary_emb_base": theta, "rotary_pct": 1.0 if part is None else part}
+        older = {"rotary_emb_base": theta, "rope_scaling": scaling}
+        return older | {"rotary_pct": 1.0 if part is None else part}
     return older if part is None else older | {"partial_rotary_factor": part}
 
 

@@ -31,7 +31,9 @@ def _shape(
     *hub: str,
     head_dim: int | None = None,
     theta: float = 1e4,
+    **own: Any,
 ) -> Shape:
+    """own: the fields of the family."""
     fields = {
         "model_type": family,
         "num_hidden_layers": layers,
@@ -45,9 +47,9 @@ def _shape(
         "tie_word_embeddings": tied,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
     }
-    if family == "qwen2":
+    if family in ("qwen2", "phi3", "olmo2", "smollm3", "starcoder2", "deepseek_v2"):
         del fields["head_dim"]
-    return Shape(hub, fields)
+    return Shape(hub, fields | own)
 
 
 def _both(name: str) -> tuple[str, str]:
@@ -55,6 +57,26 @@ def _both(name: str) -> tuple[str, str]:
 
 
 _LLAMA, _QWEN = "meta-llama/", "Qwen/"
+_MIXTRAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+_GPT_OSS = {"num_local_experts": 32, "num_experts_per_tok": 4}
+_QWEN3_MOE = {
+    "num_local_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+_DEEPSEEK_LITE = {
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1408,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
 SHAPES = {
     "smollm2-135m": _shape("llama", 30, 576, 1536, 9, 3, 49152, 8192, True,
                            *_both("HuggingFaceTB/SmolLM2-135M"), theta=1e5),
@@ -98,6 +120,33 @@ SHAPES = {
                         _QWEN + "Qwen3-14B", head_dim=128, theta=1e6),
     "qwen3-32b": _shape("qwen3", 64, 5120, 25600, 64, 8, 151936, 40960, False,
                         _QWEN + "Qwen3-32B", head_dim=128, theta=1e6),
+    "gemma-2-2b": _shape("gemma2", 26, 2304, 9216, 8, 4, 256000, 8192, True,
+                         "google/gemma-2-2b", "google/gemma-2-2b-it", head_dim=256),
+    "gemma-2-9b": _shape("gemma2", 42, 3584, 14336, 16, 8, 256000, 8192, True,
+                         "google/gemma-2-9b", "google/gemma-2-9b-it", head_dim=256),
+    "gemma-2-27b": _shape("gemma2", 46, 4608, 36864, 32, 16, 256000, 8192, True,
+                          "google/gemma-2-27b", "google/gemma-2-27b-it", head_dim=128,
+                          query_pre_attn_scalar=144),
+    "phi-3.5-mini": _shape("phi3", 32, 3072, 8192, 32, 32, 32064, 131072, False,
+                           "microsoft/Phi-3.5-mini-instruct"),
+    "phi-4": _shape("phi3", 40, 5120, 17920, 40, 10, 100352, 16384, False,
+                    "microsoft/phi-4", theta=2.5e5),
+    "olmo-2-7b": _shape("olmo2", 32, 4096, 11008, 32, 32, 100352, 4096, False,
+                        *_both("allenai/OLMo-2-1124-7B"), theta=5e5),
+    "smollm3-3b": _shape("smollm3", 36, 2048, 11008, 16, 4, 128256, 65536, True,
+                         "HuggingFaceTB/SmolLM3-3B", theta=5e6),
+    "starcoder2-3b": _shape("starcoder2", 30, 3072, 12288, 24, 2, 49152, 16384, True,
+                            "bigcode/starcoder2-3b", theta=1e6, sliding_window=4096),
+    "mixtral-8x7b": _shape("mixtral", 32, 4096, 14336, 32, 8, 32000, 32768, False,
+                           "mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1",
+                           theta=1e6, **_MIXTRAL),
+    "qwen3-30b-a3b": _shape("qwen3_moe", 48, 2048, 6144, 32, 4, 151936, 40960, False,
+                            _QWEN + "Qwen3-30B-A3B", head_dim=128, theta=1e6, **_QWEN3_MOE),
+    "gpt-oss-20b": _shape("gpt_oss", 24, 2880, 2880, 64, 8, 201088, 131072, False,
+                          "openai/gpt-oss-20b", head_dim=64, theta=1.5e5, **_GPT_OSS),
+    "deepseek-v2-lite": _shape("deepseek_v2", 27, 2048, 10944, 16, 16, 102400, 163840, False,
+                               "deepseek-ai/DeepSeek-V2-Lite",
+                               "deepseek-ai/DeepSeek-V2-Lite-Chat", **_DEEPSEEK_LITE),
 }  # fmt: skip
 _BY_HUB = {repository: name for name, shape in SHAPES.items() for repository in shape.hub}
 

@@ -2,11 +2,11 @@
 
 A layer is observed with all layers before it in codes, and within it each group of linears that
 read the same inputs with the groups before it in codes ("true sequential"): q, k, v; o; gate, up;
-down. So every weight makes good what those before it lost. Memory: the model, the codes so far, one
-Hessian [in, in] (AWQ: those of a layer), and on the host the hidden states of the calibration set,
-[tokens, D] in the model's dtype.
+down (`model.fold.stages` has those of every family). So every weight makes good what those before
+it lost. Memory: the model, the codes so far, one Hessian [in, in] (of experts, 1 GiB of them), and
+on the host the hidden states of the calibration set, [tokens, D] in the model's dtype.
 
-Embedding, head and norms stay as they are (`awq` divides the layers' norms).
+Embedding, head, routers and norms stay as they are (`awq` divides the layers' norms).
 """
 
 import hashlib
@@ -28,7 +28,8 @@ from mud_puppy.run.finished import Finished
 from mud_puppy.run.gptq_block import GptqOptions, mask_of, quantize_block, run_or_observe
 from mud_puppy.weights.gptq import check
 from mud_puppy.weights.leaf import is_weight
-from mud_puppy.weights.tree import layer_module, linear_paths, repeats, spans, stack
+from mud_puppy.weights.quantize import is_rounded
+from mud_puppy.weights.tree import at_path, layer_module, linear_paths, repeats, spans, stack
 
 __all__ = ["GptqOptions", "check_fit", "linears", "quantize_gptq"]
 
@@ -65,7 +66,8 @@ def quantize_gptq(
         log.info("GPTQ: %d of %d layers are there already", done, layers)
     if tokens < model.arch.hidden_size:
         log.warning("GPTQ: %d tokens say little of %d inputs", tokens, model.arch.hidden_size)
-    hidden = [] if done == layers else _embedded(model, params, inputs)
+    tables = {name: params[name] for name in ("embed", "positions") if name in params}
+    hidden = [] if done == layers else [np.asarray(_first(model, tables, x)) for x in inputs]
     groups = []
     for group, start in spans(params):
         blocks = [[] for _ in group]
@@ -95,12 +97,8 @@ def _at(block: Tree, r: Any) -> Tree:
 
 
 @partial(jax.jit, static_argnums=0)
-def _first(model: Model, embed: Any, inputs: Inputs) -> Array:
-    return begin(model.arch, {"embed": embed}, inputs, model.dtype)[0]
-
-
-def _embedded(model: Model, params: Tree, inputs: list[Inputs]) -> list[np.ndarray]:
-    return [np.asarray(_first(model, params["embed"], x)) for x in inputs]
+def _first(model: Model, tables: Tree, inputs: Inputs) -> Array:
+    return begin(model.arch, tables, inputs, model.dtype)[0]
 
 
 def _inputs(batch: dict[str, np.ndarray]) -> Inputs:
@@ -120,11 +118,12 @@ def _stacked(layers: list[Tree]) -> Tree:
 
 
 def linears(params: Tree) -> Iterator[tuple[str, Any]]:
-    """(HF's name in its first layer, weight) of each stack of linears."""
+    """(HF's name in its first layer, weight) of each stack of linears that is rounded."""
     for group, start in spans(params):
         for j, block in enumerate(group):
             for path in linear_paths(block):
-                yield layer_module(path, start + j), block[path[0]][path[1]]["weight"]
+                if is_rounded("/".join(("layers", *path, "weight"))):
+                    yield layer_module(path, start + j), at_path(block, path)["weight"]
 
 
 def check_fit(params: Tree, options: GptqOptions) -> None:

@@ -18,22 +18,23 @@ Tree = Any
 
 @dataclass(frozen=True)
 class Method:
-    """score(model, params, reference, batch, run_layers) -> arrays by name;
+    """score(model, params, reference, batch, run_layers) -> arrays by name, and "aux": the model's
+    auxiliary sums {name: (sum, count)} (`Model.forward`), which are metrics and may be penalties;
     loss(scores, batch, weight_sum) -> (scalar, {name: (sum, count)})."""
 
-    score: Callable[..., dict[str, Array]]
+    score: Callable[..., dict[str, Any]]
     loss: Callable[..., tuple[Array, dict[str, tuple[Array, Array]]]]
 
 
 def score_tokens(
     model: Model, params: Tree, reference: Tree, batch: dict[str, Array], run_layers: Callable
-) -> dict[str, Array]:
-    """Log-probability of every target and entropy of every prediction, float32 [B, T]."""
+) -> dict[str, Any]:
+    """Log-probability of every target and entropy of every prediction, float32 [B, T]; and aux."""
     inputs = Inputs(batch["tokens"], batch["positions"], batch["segment_ids"])
-    hidden, _, _ = model.forward(params, inputs, run_layers=run_layers)
+    hidden, _, aux = model.forward(params, inputs, run_layers=run_layers)
     softcap = model.arch.logit_softcap
     logps, entropy = token_logps(hidden, head(params), batch["targets"], softcap=softcap)
-    return {"logps": logps, "entropy": entropy}
+    return {"logps": logps, "entropy": entropy, "aux": aux}
 
 
 SFT = Method(score_tokens, sft)

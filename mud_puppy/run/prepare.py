@@ -48,6 +48,7 @@ from mud_puppy.weights import (
     strip_fp8,
     with_dropout,
 )
+from mud_puppy.weights.tree import is_expert
 
 Tree = Any
 
@@ -168,10 +169,24 @@ def check_asked(config: Config, shapes: Tree) -> None:
         check_offload()
     if config.adapts and (config.adapter is None or config.adapter_mode == "stack"):
         match_targets(module_names(shapes), config.lora_targets)
+    if router_penalties(config) and not any(map(is_expert, module_names(shapes))):
+        raise UserError(
+            f"{config.model}: this model has no experts, and so no router losses: leave out "
+            "router_aux_loss_coef and router_z_loss_coef"
+        )
     if layout := stored_codes(config.model, config.trust_remote_code):
         _check_stored(config, layout)
     if _encodes(config):
         jax.eval_shape(lambda p: quantize(p, **asdict(scheme(config))), shapes)
+
+
+def router_penalties(config: Config) -> dict[str, float]:
+    """The auxiliary losses of routers that the config asks for (`balance.router_losses`)."""
+    asked = {
+        "load_balance": config.router_aux_loss_coef,
+        "router_z": config.router_z_loss_coef,
+    }
+    return {name: factor for name, factor in asked.items() if factor}
 
 
 def _check_stored(config: Config, layout: str) -> None:
@@ -247,12 +262,13 @@ def program(
 
     places = _state_shardings(mesh, model, params, jax.eval_shape(init, train))
     run_layers = partial(scan_layers, remat=config.gradient_checkpointing)
-    step = make_step(model, method, tx, rate, run_layers, config.max_grad_norm)
+    penalties = router_penalties(config)
+    step = make_step(model, method, tx, rate, run_layers, config.max_grad_norm, penalties)
     return Program(
         init=jax.jit(init, out_shardings=places, donate_argnums=0),
         step=jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh))),
         evaluate=jax.jit(make_eval(model, method, run_layers), out_shardings=replicated(mesh)),
-        loss=make_loss(model, method, run_layers),
+        loss=make_loss(model, method, run_layers, penalties),
         places=places,
     )
 

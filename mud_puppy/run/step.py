@@ -5,7 +5,7 @@ counted over all of it before the forward pass, so any split of the batch gives 
 whole. Gradients and their sum are float32 because the trained leaves are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,14 +63,15 @@ def make_step(
     rate: Callable,
     run_layers: Callable,
     max_grad_norm: float | None,
+    penalties: Mapping[str, float] | None = None,
 ) -> Callable[[State, Tree, Tree, Batch], tuple[State, Tree]]:
     """step(state, frozen, reference, batch) -> (state, metrics); to be jitted by the caller.
 
-    metrics: {name: (sum, count)} of the loss, and grad_norm (before clipping), learning_rate and,
-    in fp16, loss_scale as (value, 1).
+    penalties: of `make_loss`. metrics: {name: (sum, count)} of the loss, and grad_norm (before
+    clipping), learning_rate and, in fp16, loss_scale as (value, 1).
     """
 
-    loss = make_loss(model, method, run_layers)
+    loss = make_loss(model, method, run_layers, penalties)
 
     def step(state: State, frozen: Tree, reference: Tree, batch: Batch) -> tuple[State, Tree]:
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
@@ -101,16 +102,30 @@ def make_step(
     return step
 
 
-def make_loss(model: Model, method: Method, run_layers: Callable) -> Callable:
+def make_loss(
+    model: Model,
+    method: Method,
+    run_layers: Callable,
+    penalties: Mapping[str, float] | None = None,
+) -> Callable:
     """loss(train, frozen, reference, micro, key, weight_sum) -> (scalar, metrics) of a batch
-    [B, ...]."""
+    [B, ...].
+
+    penalties: what is added of the model's auxiliary means (`router_losses`), by name, times the
+    batch's share of the step's weights.
+    """
 
     def loss(
         train: Tree, frozen: Tree, reference: Tree, micro: Batch, key: Array, weight_sum: Array
     ) -> tuple[Array, Tree]:
         params = with_scales(with_dropout(combine(train, frozen), key))
         scores = method.score(model, params, reference, micro, run_layers)
-        return method.loss(scores, micro, weight_sum)
+        value, metrics = method.loss(scores, micro, weight_sum)
+        share = micro["weights"].sum() / weight_sum
+        for name, factor in (penalties or {}).items():
+            total, count = scores["aux"][name]
+            value += factor * share * total / count
+        return value, metrics | scores["aux"]
 
     return loss
 
@@ -123,7 +138,7 @@ def make_eval(model: Model, method: Method, run_layers: Callable) -> Callable:
 
         def body(carry: None, micro: Batch) -> tuple[None, Tree]:
             scores = method.score(model, params, reference, micro, run_layers)
-            return None, method.loss(scores, micro, jnp.float32(1))[1]
+            return None, method.loss(scores, micro, jnp.float32(1))[1] | scores["aux"]
 
         _, metrics = jax.lax.scan(body, None, batch)
         return jax.tree.map(lambda x: x.sum(0), metrics)

@@ -1,7 +1,7 @@
 """`generate`: prompts to texts. `generate_tokens`: token ids to token ids, what rollouts use."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,19 +16,12 @@ from mud_puppy.sampling.batches import Batch, batches, bucket
 from mud_puppy.sampling.choose import Options, chooser
 from mud_puppy.sampling.engine import NOT_WRITTEN, State, resume, start
 from mud_puppy.sampling.prompts import Prompt, check, eos_ids, tokenize
+from mud_puppy.sampling.turning import Reply, in_two_parts
 
 Tree = Any
 
 # Tokens between two looks at the text when there are stop strings.
 _STOP_CHUNK = 16
-
-
-@dataclass(frozen=True)
-class Reply:
-    """tokens: with the EOS that ended it, if one did. logps: float32, of each token (`choose`)."""
-
-    tokens: list[int]
-    logps: np.ndarray
 
 
 def generate(
@@ -86,6 +79,22 @@ def generate_tokens(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, expected at least 1")
     check(model.arch, prompts, options.max_new_tokens)
+
+    def run(prompts: Sequence[Sequence[int]], options: Options, stop: Any) -> list[Reply]:
+        return _replies(model, params, prompts, options, eos, batch_size, stop)
+
+    return in_two_parts(model.arch, prompts, options, eos, stopped, run)
+
+
+def _replies(
+    model: Model,
+    params: Tree,
+    prompts: Sequence[Sequence[int]],
+    options: Options,
+    eos: Sequence[int],
+    batch_size: int,
+    stopped: Callable[[list[int]], bool] | None,
+) -> list[Reply]:
     mesh = mesh_of(params)
     replies: dict[int, Reply] = {}
     for batch in batches(prompts, batch_size, batch_devices(mesh) if mesh else 1):

@@ -12,7 +12,9 @@ import numpy as np
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import Quantized
 from mud_puppy.weights.leaf import Lora, base_of, is_weight
-from mud_puppy.weights.peft import Part, read_adapter, write_adapter
+from mud_puppy.weights.peft import read_adapter
+from mud_puppy.weights.peft_experts import Part
+from mud_puppy.weights.peft_write import write_adapter
 from mud_puppy.weights.tree import Tree, is_expert, map_modules, under_rounding
 
 

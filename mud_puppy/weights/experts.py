@@ -57,6 +57,12 @@ def own_dropout(params: Tree, index: Array) -> Tree:
     return jax.tree.map(own, params, is_leaf=is_weight)
 
 
+def observed(params: Tree) -> bool:
+    """Whether one of these weights is an `ObservedExperts`."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda w: isinstance(w, ObservedExperts))
+    return any(isinstance(w, ObservedExperts) for w in leaves)
+
+
 def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 

@@ -1,4 +1,4 @@
-"""PEFT's adapter folder, adapter_config.json and adapter_model.safetensors, as numpy parts.
+"""Reading PEFT's adapter folder, adapter_config.json and adapter_model.safetensors, as numpy parts.
 
 The tensors' names say which modules are adapted; the config gives ranks, scales and dropout.
 Options of PEFT that change the forward pass and are not here are refused by name.
@@ -6,46 +6,35 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
 import json
-import logging
 import math
-import os
 import re
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from mud_puppy.errors import UserError, nearest_file
 from mud_puppy.weights.peft_experts import (
-    FUSED_TARGET,
     Part,
     is_wrapped,
     modules_of,
-    parameter_of,
     split_name,
-    uniform,
     unwrap,
-    with_partners,
-    wrap,
     wrapped_parameter,
 )
-from mud_puppy.weights.peft_names import EMBEDDING, PeftNames, ours
+from mud_puppy.weights.peft_names import (
+    CONFIG,
+    EMBEDDING,
+    EMBEDDING_KINDS,
+    LINEAR_KINDS,
+    MAGNITUDE,
+    PREFIX,
+    TENSORS,
+    ours,
+)
 
-__all__ = ["Part", "read_adapter", "write_adapter"]
-
-log = logging.getLogger("mud_puppy")
-
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-
-_PREFIX = "base_model.model."
-# PEFT's names of a and b; an embedding's are transposed, its weight being [V, D] = [in, out].
-_LINEAR_KINDS = ("lora_A.weight", "lora_B.weight")
-_EMBEDDING_KINDS = ("lora_embedding_A", "lora_embedding_B")
-_MAGNITUDE = "lora_magnitude_vector"
 _BASE_KINDS = ("base_layer.weight", "weight")
 
 
@@ -153,10 +142,10 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 def _by_module(tensors: dict[str, np.ndarray], folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """{"model.layers.0.self_attn.q_proj": {"lora_A.weight": ...}}"""
-    kinds = (*_LINEAR_KINDS, *_EMBEDDING_KINDS, _MAGNITUDE, *_BASE_KINDS)
+    kinds = (*LINEAR_KINDS, *EMBEDDING_KINDS, MAGNITUDE, *_BASE_KINDS)
     modules: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
-        path = name.removeprefix(_PREFIX)
+        path = name.removeprefix(PREFIX)
         kind = next((kind for kind in kinds if path.endswith("." + kind)), None)
         if kind is None or path == name:
             raise UserError(f"{folder}: tensor '{name}' {tensor.shape} is no part of a LoRA")
@@ -177,19 +166,19 @@ def _part(
     embedding, dora = ours(name) == EMBEDDING, bool(config.get("use_dora"))
     if dora and embedding:
         raise UserError(f"{folder}: DoRA on the embedding is not supported")
-    kinds = _EMBEDDING_KINDS if embedding else _LINEAR_KINDS
+    kinds = EMBEDDING_KINDS if embedding else LINEAR_KINDS
     out_dim, in_dim = shape[::-1] if embedding else shape
     expected = {kinds[0]: (rank, in_dim), kinds[1]: (out_dim, rank)}
-    expected |= {_MAGNITUDE: (out_dim,)} if dora else {}
+    expected |= {MAGNITUDE: (out_dim,)} if dora else {}
     for kind, size in expected.items():
         found = tensors[kind].shape if kind in tensors else "missing"
         if found != size:
             raise UserError(
-                f"{folder}: tensor '{_PREFIX}{name}.{kind}' is {found}; "
+                f"{folder}: tensor '{PREFIX}{name}.{kind}' is {found}; "
                 f"the adapter's config and the base model say {size}"
             )
     if extra := set(tensors) - set(expected) - set(_BASE_KINDS):
-        raise UserError(f"{folder}: tensor '{_PREFIX}{name}.{min(extra)}' has no use here")
+        raise UserError(f"{folder}: tensor '{PREFIX}{name}.{min(extra)}' has no use here")
     a, b, *magnitude = (tensors[kind].astype(np.float32) for kind in expected)
     a, b = (b.T, a.T) if embedding else (a, b)
     base = next((tensors[kind] for kind in _BASE_KINDS if kind in tensors), None)
@@ -218,19 +207,19 @@ def _experts(
     sizes = [shapes[module] for module in experts[0]]
     rows, inputs = sum(out for out, _ in sizes), sizes[0][1]
     total = rank * len(experts)
-    for kind, size in zip(_LINEAR_KINDS, ((total, inputs), (rows, total)), strict=True):
+    for kind, size in zip(LINEAR_KINDS, ((total, inputs), (rows, total)), strict=True):
         found = tensors[kind].shape if kind in tensors else "missing"
         if found != size:
             raise UserError(
-                f"{folder}: tensor '{_PREFIX}{name}.{kind}' is {found}; the adapter's config and "
+                f"{folder}: tensor '{PREFIX}{name}.{kind}' is {found}; the adapter's config and "
                 f"the base model say {size}"
             )
-    pair = (tensors[kind].astype(np.float32) for kind in _LINEAR_KINDS)
+    a, b = (tensors[kind].astype(np.float32) for kind in LINEAR_KINDS)
     scale, ends = _scale(config, rank, alpha), np.cumsum([out for out, _ in sizes])[:-1]
     return {
-        module: Part(a, own_b, scale)
-        for names, (a, b) in zip(experts, unwrap(*pair, len(experts)), strict=True)
-        for module, own_b in zip(names, np.split(b, ends), strict=True)
+        module: Part(own_a, own_b, scale)
+        for names, (own_a, rows_b) in zip(experts, unwrap(a, b, len(experts)), strict=True)
+        for module, own_b in zip(names, np.split(rows_b, ends), strict=True)
     }
 
 
@@ -254,170 +243,3 @@ def _lookup(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
-
-
-def write_adapter(
-    out: Path,
-    parts: dict[str, Part],
-    shapes: dict[str, tuple[int, int]],
-    names: PeftNames,
-    dropout: float,
-    base_model: str,
-) -> None:
-    """Writes a folder that PEFT loads; parts and shapes ([out, in] of every module of the model) by
-    our names."""
-    parts = {names.theirs(name): part for name, part in parts.items()}
-    shapes = {names.theirs(name): shape for name, shape in shapes.items()}
-    found = _plain(parts, shapes, names) + _experts_found(parts, shapes, names)
-    # A module's rank and scale go by its own name, but those of experts that PEFT has still to make
-    # parameters of go by the adapter's.
-    first = next((own for own in found if own.of_all), None)
-    config = _config(found, first) | {"base_model_name_or_path": base_model}
-    config["lora_dropout"] = dropout
-    if dropout and (config["target_parameters"] or first):
-        log.warning("%s: lora_dropout %s is written as 0: PEFT has none for experts", out, dropout)
-        config["lora_dropout"] = 0.0
-    config["fan_in_fan_out"] = names.conv1d
-    tensors = {f"{_PREFIX}{name}": x for own in found for name, x in own.tensors.items()}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, out / f"{TENSORS}.tmp", metadata={"format": "pt"})
-        (out / f"{CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        # The config makes it an adapter folder, so it comes last.
-        os.replace(out / f"{TENSORS}.tmp", out / TENSORS)
-        os.replace(out / f"{CONFIG}.tmp", out / CONFIG)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out}: the adapter cannot be written: {error}") from None
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What is written of one adapter: tensors by name; key: what PEFT looks its rank and alpha up
-    by; target: what names it, in target_modules or, of a parameter, in target_parameters; of_all:
-    rank and alpha must be those that all have."""
-
-    tensors: dict[str, Any]
-    key: str
-    rank: int
-    alpha: int | float
-    target: str
-    parameter: bool = False
-    of_all: bool = False
-    dora: bool = False
-
-
-def _found(part: Part, tensors: dict[str, Any], key: str, target: str, **options: bool) -> _Found:
-    """Scales are written as alpha / r, for rsLoRA too: the same numbers at any rank."""
-    rank = len(part.a)
-    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    return _Found(tensors, key, rank, _number(part.scale * rank), target, **options)
-
-
-def _plain(parts: dict[str, Part], shapes: dict[str, Any], names: PeftNames) -> list[_Found]:
-    """All but experts."""
-    # PEFT takes each of these names for one of an expert, unless it is that of a parameter.
-    taken = set() if names.stacked else {own[2] for n in shapes if (own := split_name(n))}
-    own = [name for name in parts if not split_name(name)]
-    targets, found = _targets(own, [name for name in shapes if not split_name(name)]), []
-    for name in own:
-        part, embedding = parts[name], name == names.embed
-        pair = (part.b.T, part.a.T) if embedding else (part.a, part.b)
-        kinds = _EMBEDDING_KINDS if embedding else _LINEAR_KINDS
-        tensors = {f"{name}.{kind}": x for kind, x in zip(kinds, pair, strict=True)}
-        if part.magnitude is not None:
-            tensors[f"{name}.{_MAGNITUDE}"] = part.magnitude
-        parameter, dora = name.split(".")[-1] in taken, part.magnitude is not None
-        key = f"{name}.weight" if parameter else name
-        target = key if parameter else targets[name]
-        found.append(_found(part, tensors, key, target, parameter=parameter, dora=dora))
-    return found
-
-
-def _experts_found(
-    parts: dict[str, Part], shapes: dict[str, Any], names: PeftNames
-) -> list[_Found]:
-    experts = {name: part for name, part in parts.items() if split_name(name)}
-    if names.stacked:
-        return _wrapped(experts, names)
-    taken = {own[2] for name in shapes if (own := split_name(name))}
-    # PEFT finds the parameters by the experts' old names, which is wrong where others have those
-    # too (and not done for qwen2_moe): then they are named as it would.
-    shadowed = any(n.split(".")[-1] in taken for n in shapes if not split_name(n))
-    found = []
-    for name, part in uniform(with_partners(experts, shapes)).items():
-        tensors = {f"{name}.{_LINEAR_KINDS[0]}": part.a, f"{name}.{_LINEAR_KINDS[1]}": part.b}
-        last = name.split(".")[-1]
-        target = f"experts.{parameter_of(last)}" if shadowed else last
-        found.append(_found(part, tensors, name, target, parameter=shadowed, of_all=True))
-    return found
-
-
-def _wrapped(experts: dict[str, Part], names: PeftNames) -> list[_Found]:
-    """One adapter for all experts of a parameter."""
-    stacks: dict[str, dict[str, dict[str, Part]]] = {}
-    for name, part in experts.items():
-        stack, _, module = split_name(name) or ("", 0, "")
-        stacks.setdefault(stack, {}).setdefault(module, {})[name] = part
-    found = []
-    for stack, modules in stacks.items():
-        adapted = [module for module in names.stacked if module in modules]
-        for module in adapted:
-            # Wrappers lie around each other; the last parameter's is the outermost.
-            inside = ".base_layer" * (len(adapted) - 1 - adapted.index(module))
-            own = list(uniform(modules[module]).values())
-            pair = {
-                f"{stack}{inside}.{k}": x for k, x in zip(_LINEAR_KINDS, wrap(own), strict=True)
-            }
-            key = f"{stack}.{module}"
-            found.append(_found(own[0], pair, key, key, parameter=True))
-    return found
-
-
-def _config(found: list[_Found], first: _Found | None) -> dict[str, Any]:
-    ranks = {own.key: own.rank for own in found}
-    alphas = {own.key: own.alpha for own in found}
-    rank, alpha = _most_common(ranks), _most_common(alphas)
-    if first is not None:
-        rank, alpha = first.rank, first.alpha
-    rank_pattern = {name: r for name, r in ranks.items() if r != rank}
-    alpha_pattern = {name: a for name, a in alphas.items() if a != alpha}
-    parameters = {own.target for own in found if own.parameter}
-    if FUSED_TARGET in parameters:
-        # Gate and up, one above the other.
-        rank_pattern[f".*{FUSED_TARGET}"], alpha_pattern[f".*{FUSED_TARGET}"] = 2 * rank, 2 * alpha
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted({own.target for own in found if not own.parameter}),
-        "target_parameters": sorted(parameters) or None,
-        "bias": "none",
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_rslora": False,
-        "use_dora": any(own.dora for own in found),
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-    }
-
-
-def _targets(adapted: list[str], known: list[str]) -> dict[str, str]:
-    """Last parts of names ("q_proj") where all such modules are adapted, else full names."""
-
-    def last(name: str) -> str:
-        return name.split(".")[-1]
-
-    partly = {last(name) for name in set(known) - set(adapted)}
-    return {name: name if last(name) in partly else last(name) for name in adapted}
-
-
-def _most_common(values: dict[str, Any]) -> Any:
-    return Counter(values.values()).most_common(1)[0][0]
-
-
-def _number(value: float) -> int | float:
-    """A whole number as an int, as PEFT writes it; seven digits are all that a float32 knows."""
-    value = float(f"{value:.7g}")
-    return int(value) if value.is_integer() else value

@@ -1,8 +1,14 @@
-"""Module names: ours, which are llama's in every family, and those of PEFT's files, HF's own."""
+"""Names in PEFT's files, and of modules: ours, which are llama's in every family, and HF's."""
 
 import re
 from dataclasses import dataclass
 
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# PEFT's names of a and b; an embedding's are transposed, its weight being [V, D] = [in, out].
+LINEAR_KINDS = ("lora_A.weight", "lora_B.weight")
+EMBEDDING_KINDS = ("lora_embedding_A", "lora_embedding_B")
+MAGNITUDE = "lora_magnitude_vector"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 _LAYER = re.compile(r"(?:.*?\.)?(?:layers|h)\.(\d+)\.(.+)")

@@ -87,6 +87,10 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         hostile.entry(dtype="F4"),
         (f"{TENSORS}: tensor '{UP}' is stored as 'F4', which is not read; dtypes that are: BF16",),
     ),
+    "4 TB of nothing": (
+        hostile.vast,
+        (f"{TENSORS}: tensor 'model.embed_tokens.weight' and those stacked with it take 4398 GB",),
+    ),
     # The index and what it names.
     "index names a path": (
         hostile.shards(lambda m: m | {UP: "/etc/b.safetensors"}),
@@ -242,7 +246,7 @@ def stop(*_): raise TimeoutError("hangs")
 signal.signal(signal.SIGALRM, stop)
 for line in sys.stdin:
     argv, error = json.loads(line), io.StringIO()
-    signal.alarm(30)
+    signal.alarm(120)
     with redirect_stderr(error):
         code = main(argv)
     signal.alarm(0)
@@ -273,7 +277,7 @@ def told(chat_model: Path, chats: Path, tmp_path_factory) -> dict[str, tuple[int
         input="".join(lines),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:1"},
     )
     assert done.returncode == 0, done.stderr

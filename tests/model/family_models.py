@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mud_puppy.model import abstract
+from mud_puppy.model.module import layout
 from tests.model.family_cases import CASES, FIELDS
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 24), dtype=np.int32)
@@ -54,3 +57,20 @@ def difference(ours: Any, theirs: Any) -> float:
     """The largest, as a share of the largest number."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def ours(case: str, **fields: Any) -> tuple[Any, Any]:
+    """(model, float32 params) of a case, made without torch, norms and biases random too."""
+    import transformers
+
+    name, own = CASES[case]
+    config = getattr(transformers, f"{name}Config")(**FIELDS | own | fields)
+    model, _ = abstract(config, "float32")
+    rng = np.random.default_rng(0)
+    one = 0.0 if model.arch.norm_offset else 1.0
+
+    def fill(path: str, shape: tuple[int, ...]) -> Any:
+        noise = 0.25 * rng.normal(size=shape)
+        return jnp.asarray(noise + one if "norm" in path[-10:] else noise, jnp.float32)
+
+    return model, layout(model.arch, fill)

@@ -191,6 +191,7 @@ def test_tensors_that_do_not_fit(change: dict, message: str) -> None:
         ("fp8 row", {"weight_packed": np.zeros(3)}, "expected weight, weight_scale; got"),
         ("mxfp4", {"weight_packed": np.zeros((12, 12), np.int32)}, "weight_packed is int32"),
         ("mxfp4", {"weight_scale": np.ones((12, 3), np.float32)}, "weight_scale is float32"),
+        ("mxfp4", {"weight_scale": np.full((12, 3), 255, np.uint8)}, "weight_scale holds .* NaN"),
         ("mxfp4", {"weight_shape": np.array([12, 96])}, "expected weight_packed, weight_scale; "),
     ],
 )

@@ -8,10 +8,12 @@ import gguf
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mud_puppy.errors import UserError
 from mud_puppy.model import abstract, load, load_tokenizer
-from mud_puppy.model.names import flatten, hf_names
+from mud_puppy.model.rope import read_rope
+from tests.model.gguf_files import gguf_name, llama_tensors, permuted, write_gguf
 
 FIELDS = {
     "embedding_length": 32,
@@ -21,59 +23,24 @@ FIELDS = {
     "attention.head_count_kv": 2,
     "context_length": 64,
 }
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
-def gguf_name(name: str) -> str:
-    name = name.replace("model.layers.", "blk.")
-    for hf, ours in NAMES.items():
-        name = name.replace(hf, ours)
-    return name
-
-
-def permuted(w: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of the rows of q and k (convert_hf_to_gguf.py, `permute`)."""
-    return (
-        w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-    )
-
-
-def write(path: Path, folder: Path, arch: str = "llama", **fields: Any) -> Path:
+def write(
+    path: Path,
+    folder: Path,
+    arch: str = "llama",
+    extra: dict[str, np.ndarray] | None = None,
+    **fields: Any,
+) -> Path:
     """A GGUF of the model in `folder`; entries that are None are left out."""
-    model, params = load(folder, dtype="float32")
-    writer = gguf.GGUFWriter(path, arch)
+    model, _ = abstract(folder)
     floats = {"attention.layer_norm_rms_epsilon": model.arch.norm_eps, "rope.freq_base": 10000.0}
-    for key, value in (FIELDS | floats | fields).items():
-        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-        if isinstance(value, str):
-            add = writer.add_string
-        if value is not None:
-            add(f"{arch}.{key}", value)
-    for leaf, names in hf_names(model.arch, params).items():
-        stack = np.asarray(flatten(params)[leaf])
-        tensors = stack if leaf.startswith("layers/") else stack[None]
-        for name, w in zip(names, tensors, strict=True):
-            heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
-            w = permuted(w, heads) if heads and arch == "llama" else w
-            writer.add_tensor(gguf_name(name), np.ascontiguousarray(w))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    weights = load_file(folder / "model.safetensors")
+    if arch == "llama":
+        tensors = llama_tensors(weights, 4, 2)
+    else:
+        tensors = {gguf_name(name): w for name, w in weights.items()}
+    return write_gguf(path, arch, FIELDS | floats | fields, tensors | (extra or {}))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -95,7 +62,6 @@ def test_a_gguf_of_a_llama_is_the_llama(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_a_gguf_of_a_qwen_has_its_rows_in_order(family: str, tiny: Any, tmp_path: Path) -> None:
-    NAMES.update({"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"})
     folder, _ = tiny(family, **({"head_dim": 8} if family == "qwen3" else {}))
     path = write(tmp_path / "qwen.gguf", folder, family)
     assert same(load(path, dtype="float32")[1], load(folder, dtype="float32")[1])
@@ -112,12 +78,51 @@ def test_scaling_and_window_are_read(llama: Path, tmp_path: Path) -> None:
     assert [kind.window for kind in sliding.arch.kinds] == [7, 7, 7]
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_frequencies_of_llama_3(tmp_path: Path, tiny: Any) -> None:
+    folder, _ = tiny("llama", rope_parameters=LLAMA3, head_dim=32, max_position_embeddings=2**17)
+    plain = {"rope_type": "default", "rope_theta": 500000.0}
+    want, base = (np.array(read_rope(spec, 32, 64).inv_freq) for spec in (LLAMA3, plain))
+    factors = (base / want).astype(np.float32)
+    assert factors.max() == 8 and (factors == 1).sum() and ((factors > 1) & (factors < 8)).any()
+    options = {"rope.freq_base": 500000.0, "attention.key_length": 32, "context_length": 2**17}
+
+    def file(factors: np.ndarray) -> Path:
+        extra = {"rope_freqs.weight": factors}
+        return write(tmp_path / "llama.gguf", folder, extra=extra, **options)
+
+    model, params = load(file(factors), dtype="float32")
+    expected, _ = load(folder, dtype="float32")
+    np.testing.assert_allclose(model.arch.ropes[0].inv_freq, want, rtol=1e-6)
+    assert model.arch.ropes == expected.arch.ropes
+    assert same(params, load(folder, dtype="float32")[1])
+    for wrong in (factors[::-1], factors[:-1], factors * 2, factors * np.nan, factors[:0]):
+        with pytest.raises(
+            UserError, match=r"'rope_freqs\.weight' holds other numbers than Llama 3"
+        ):
+            load(file(np.ascontiguousarray(wrong)))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"expert_count": 8}, r"not understood: llama\.expert_count=8"),
+        ({"attention.scale": 0.5}, r"not understood: llama\.attention\.scale=0\.5"),
+        ({"expert_count": 8}, r"'expert_used_count' is missing"),
         ({"rope.dimension_count": 4}, r"not understood: llama\.rope\.dimension_count=4"),
         ({"embedding_length": None}, "'embedding_length' is missing"),
+        ({"attention.head_count": 0}, r"'attention\.head_count' is 0, expected a whole number"),
+        ({"attention.head_count_kv": [2, 4, 2]}, r"head_count_kv' is .*expected a whole number"),
+        ({"block_count": 10**9}, r"bad\.gguf: GGUF metadata: num_hidden_layers 1000000000 is bey"),
+        ({"rope.freq_base": "many"}, "GGUF metadata of another kind than expected"),
         ({"feed_forward_length": 40}, r"gate_proj\.weight' has shape \(48, 32\).*\(40, 32\)"),
     ],
 )

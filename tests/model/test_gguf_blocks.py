@@ -7,22 +7,9 @@ from gguf import GGMLQuantizationType as Kind
 
 from mud_puppy.model import gguf_blocks
 from mud_puppy.model.gguf_blocks import INT4, INT8, int4, int8
+from tests.model.gguf_files import random_blocks
 
-# Where the float16 numbers of a block are.
-HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q6_K": [208]}
 CASES = [(int4, type) for type in INT4] + [(int8, type) for type in INT8]
-
-
-def random_blocks(out: int, blocks: int, kind: Kind, seed: int = 0) -> np.ndarray:
-    """uint8 [out, blocks, bytes], every bit random but the scales: weights of about 0.1."""
-    random = np.random.default_rng(seed)
-    _, size = gguf.GGML_QUANT_SIZES[kind]
-    rows = random.integers(0, 256, (out, blocks, size)).astype(np.uint8)
-    for at in HALVES[kind.name]:
-        scale = 0.1 / {"Q4_K": 300, "Q6_K": 1500}.get(kind.name, 8)
-        values = random.uniform(0.5, 1.5, (out, blocks, 1)) * scale * (8 if at == 2 else 1)
-        rows[..., at : at + 2] = values.astype(np.float16).view(np.uint8)
-    return rows
 
 
 def value(found: gguf_blocks.Integers) -> np.ndarray:

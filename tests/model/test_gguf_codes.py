@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from tokenizers import pre_tokenizers
 
 import mud_puppy as mp
 from mud_puppy import cli
@@ -27,8 +26,7 @@ from mud_puppy.model.names import flatten, hf_names
 from mud_puppy.run.prepare import load_params
 from mud_puppy.weights import Scheme, is_weight, merge_quantized, quantizer
 from tests.kernels.quantized_products import check
-from tests.model.test_gguf import gguf_name, permuted
-from tests.model.test_gguf_blocks import random_blocks
+from tests.model.gguf_files import encoded, gguf_name, llama_tensors, write_gguf
 from tests.tiny import tiny_model
 
 SIZES = {
@@ -59,25 +57,6 @@ FORMATS = dict.fromkeys(KINDS, ("int4", 32)) | {
 }
 
 
-def encoded(w: np.ndarray, kind: Kind) -> np.ndarray:
-    """The rows as blocks; those that the gguf package cannot encode are random ones instead."""
-    if kind not in (Kind.Q4_K, Kind.Q6_K):
-        return gguf.quantize(w, kind)
-    rows = random_blocks(len(w), w.shape[1] // 256, kind, seed=int(np.abs(w[0, 0]) * 1e6))
-    return rows.reshape(len(w), -1)
-
-
-def tokenizer(writer: gguf.GGUFWriter) -> None:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*letters, "sa", "<|im_start|>", "<|im_end|>"])
-    writer.add_token_types([gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL] * 2)
-    writer.add_token_merges(["s a"])
-    writer.add_eos_token_id(258)
-    writer.add_pad_token_id(258)
-
-
 @pytest.fixture(scope="module")
 def write(tmp_path_factory: Any) -> Callable[..., Path]:
     """write(kind of each HF tensor, or one kind, tied=..., wide: K-quants) -> a GGUF file of a tiny
@@ -86,26 +65,15 @@ def write(tmp_path_factory: Any) -> Callable[..., Path]:
     def make(kind: Any, tied: bool = False, wide: bool = False) -> Path:
         path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
         model, params = tiny_model(tie_word_embeddings=tied, **SIZES | (WIDE if wide else {}))
-        writer = gguf.GGUFWriter(path, "llama")
-        for key, value in (FIELDS | (WIDE_FIELDS if wide else {})).items():
-            writer.add_uint32(f"llama.{key}", value)
-        writer.add_float32("llama.attention.layer_norm_rms_epsilon", model.arch.norm_eps)
-        tokenizer(writer)
-        leaves = flatten(params)
+        fields = FIELDS | (WIDE_FIELDS if wide else {})
+        fields |= {"attention.layer_norm_rms_epsilon": model.arch.norm_eps}
+        weights, leaves = {}, flatten(params)
         for leaf, names in hf_names(model.arch, params).items():
             stack = np.asarray(leaves[leaf]) if leaf.startswith("layers/") else [leaves[leaf]]
-            for name, w in zip(names, stack, strict=True):
-                heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
-                w = np.ascontiguousarray(permuted(w, heads) if heads else w)
-                own: Any = kind(name) if callable(kind) else kind
-                own = Kind.F32 if w.ndim == 1 else own
-                coded = encoded(w, own)
-                writer.add_tensor(gguf_name(name), coded, raw_dtype=own)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
+            weights |= {name: np.asarray(w) for name, w in zip(names, stack, strict=True)}
+        of = {gguf_name(name): name for name in weights}
+        kinds = (lambda name: kind(of[name])) if callable(kind) else kind
+        return write_gguf(path, "llama", fields, llama_tensors(weights, 4, 2), kinds, True)
 
     return make
 
@@ -177,7 +145,7 @@ def test_the_comparison_fails_for_other_codes(
             lambda x: np.stack([x & 15, x >> 4], -1).reshape(*x.shape[:-1], -1),
         )
     if fault == "rows":
-        monkeypatch.setattr("mud_puppy.model.gguf._rotary_order", lambda rows, heads: None)
+        monkeypatch.setattr("mud_puppy.model.gguf._order", lambda name, rows, config: None)
     _, coded = mp.load(path, dtype="float32", keep_codes=True)
 
     def spoil(w: Any) -> Any:

@@ -112,6 +112,22 @@ for name, m in model.named_modules():
         continue
     plain.get_submodule(name).weight.data = w.float()
 """
+FP8 = """
+from types import SimpleNamespace
+from safetensors.torch import save_file
+from transformers import FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import Fp8Quantize
+config = FineGrainedFP8Config(**options)  # its own conversion wants a GPU, its parts do not
+plain.config.quantization_config = config
+plain.config.save_pretrained(folder)
+encode = Fp8Quantize(SimpleNamespace(quantization_config=config))
+found = {}
+for name, x in plain.state_dict().items():
+    found |= encode.convert({name: x}) if "_proj" in name else {name: x}
+save_file(found, folder + "/model.safetensors", metadata={"format": "pt"})
+config = FineGrainedFP8Config(**options, dequantize=True)
+plain = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+"""
 WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
 INT4 = WEIGHTS | {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 INPUTS = WEIGHTS | {"dynamic": True, "strategy": "token"}
@@ -165,6 +181,12 @@ CASES = {
     "int4": (COMPRESSED, {"weights": INT4}, "int4", ""),
     "int4 zeros": (COMPRESSED, {"weights": INT4 | {"symmetric": False}}, "int4 zeros", ""),
     "mxfp4": (COMPRESSED, {"weights": MXFP4, "format": "mxfp4-pack-quantized"}, "mxfp4", ""),
+    "fp8 of DeepSeek": (
+        FP8,
+        {"weight_block_size": [64, 32]},
+        "fp8_e4m3fn",
+        "keep their codes, with inputs as they are (float8, dynamic)",
+    ),
     "nf4": (BITSANDBYTES, NF4, "nf4", ""),
     "nf4 double": (BITSANDBYTES, NF4 | {"bnb_4bit_use_double_quant": True}, "nf4", ""),
     "fp4": (BITSANDBYTES, NF4 | {"bnb_4bit_quant_type": "fp4"}, "", "bitsandbytes' fp4"),

@@ -1,14 +1,19 @@
 """gpt-oss' MXFP4 files: the bits by hand, there and back, and transformers' decoding."""
 
+import json
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import dequantize, quantize
 from mud_puppy.kernels.formats import swap_nibbles
-from mud_puppy.model.mxfp4_format import pack, read
+from mud_puppy.model import load
+from mud_puppy.model.mxfp4_format import pack, quantization_config, read
 
 E, OUT, IN = 3, 8, 64
 SHAPE = (E, OUT, IN)
@@ -88,3 +93,60 @@ def test_other_codes_and_sizes():
         pack(quantize(weight(), "nf4"))
     with pytest.raises(UserError, match="rows of 48 are not whole groups"):
         read({}, (E, OUT, 48), "float32")
+
+
+# --- a whole model -------------------------------------------------------------------------------
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "sliding_window": 8,
+    "pad_token_id": 0,
+}
+
+
+def test_logits_of_gpt_oss_are_those_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
+
+    torch.manual_seed(0)
+    floats = GptOssForCausalLM(GptOssConfig(**SIZES))
+    with torch.no_grad():
+        for name, x in floats.named_parameters():
+            x.copy_(0.2 * torch.randn_like(x) + ("norm" in name))
+    floats.save_pretrained(tmp_path)
+    # transformers' own encoder wants a GPU's kernels; decoding is its own.
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        w = jnp.asarray(tensors.pop(name)).swapaxes(1, 2)
+        tensors |= {f"{name}_{s}": x for s, x in pack(quantize(w, "mxfp4")).items()}
+    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["quantization_config"] = quantization_config(["model.layers.*.self_attn", "lm_head"])
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    theirs = GptOssForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
+    )
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 24))
+    with torch.no_grad():
+        want = theirs.eval()(torch.tensor(tokens)).logits.numpy()
+
+    model, params = load(tmp_path, dtype="float32")
+    experts = params["layers"][0][0]["mlp"]["experts"]
+    assert experts["gate_up_proj"]["weight"].format == "mxfp4"
+    assert experts["down_proj"]["weight"].shape == (1, 4, 64, 96)
+    run, ids = jax.jit(model.__call__), jnp.asarray(tokens, jnp.int32)
+    assert np.abs(run(params, ids) - want).max() <= 1e-4 * np.abs(want).max()
+    experts["down_proj"]["weight"] = replace(
+        experts["down_proj"]["weight"], codes=swap_nibbles(experts["down_proj"]["weight"].codes)
+    )
+    assert np.abs(run(params, ids) - want).max() > 1e-2 * np.abs(want).max()

@@ -10,20 +10,26 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mud_puppy.errors import UserError
+from mud_puppy.export import save_hf
 from mud_puppy.kernels import Quantized, dequantize, quantize
 from mud_puppy.model import (
+    abstract,
     bitsandbytes_format,
     compressed_config,
     compressed_tensors,
     gptq_format,
+    init,
+    load,
     mxfp4_format,
 )
 from mud_puppy.model.quantized_files import Codes
 from mud_puppy.model.tensors import Stored
 from mud_puppy.weights.gptq import round_to_nearest
 from tests.model import test_awq_format
+from tests.tiny import SIZES
 
 OUT, IN, E = 32, 64, 3
 WHERE = Path("folder")
@@ -70,6 +76,13 @@ def nf4(w: jax.Array, **state: Any) -> dict[str, np.ndarray]:
     return tensors | {name: np.frombuffer(json.dumps(fields).encode(), np.uint8)}
 
 
+def fp8_blocks(w: jax.Array) -> dict[str, np.ndarray]:
+    blocks = np.asarray(w).reshape(2, OUT // 2, 2, IN // 2)
+    scales = np.abs(blocks).max((1, 3), keepdims=True) / 448
+    codes = (blocks / scales).reshape(OUT, IN).astype(ml_dtypes.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": scales.reshape(2, 2)}
+
+
 def config_of(scheme: compressed_tensors.Scheme) -> dict[str, Any]:
     return compressed_config.quantization_config({"a": scheme})
 
@@ -80,6 +93,11 @@ LAYOUTS = {
     "awq": (test_awq_format.CONFIG, awq, "int4"),
     "int4": (config_of(INT4), partial(compressed, INT4), "int4"),
     "fp8": (config_of(FP8), partial(compressed, FP8), "fp8_e4m3fn"),
+    "fp8 blocks": (
+        {"quant_method": "fp8", "weight_block_size": [OUT // 2, IN // 2]},
+        fp8_blocks,
+        "fp8_e4m3fn",
+    ),
     "int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, int8, "int8"),
     "nf4": (BNB, nf4, "nf4"),
 }
@@ -119,14 +137,15 @@ def codes_of(config: Any, tensors: Any, names: list[str] = NAMES, leaf: str = LE
 
 
 def test_every_layout_is_kept_in_codes(caplog: Any) -> None:
-    for config, pack, format in LAYOUTS.values():
+    for method, (config, pack, format) in LAYOUTS.items():
         codes = codes_of(config, files(pack, NAMES))
+        assert len(caplog.records) == (method == "fp8 blocks")  # of its inputs
+        caplog.clear()
         layers = [*codes.read(LEAF, (2, OUT, IN), "float32")]
         assert [w.format for w in layers] == [format] * 2
         for seed, w in enumerate(layers):
             error = np.abs(dequantize(w) - weight(seed)).max()
             assert error < 0.5 and np.abs(dequantize(w) - weight(seed + 1)).max() > 1
-    assert not caplog.records
 
 
 @pytest.mark.parametrize("method", LAYOUTS)
@@ -281,3 +300,44 @@ def test_a_missing_part_and_a_bitsandbytes_order() -> None:
     tensors[NAMES[0].replace("weight", "weight_format")] = np.asarray(np.uint8(2))
     with pytest.raises(UserError, match="weight_format is 2: only weights in rows"):
         [*codes_of(config, tensors).read(LEAF, (2, OUT, IN), "float32")]
+
+
+# --- a whole model -------------------------------------------------------------------------------
+
+
+def test_experts_of_a_model_in_gptq(tmp_path: Path) -> None:
+    fields = SIZES | {
+        "model_type": "qwen3_moe",
+        "hidden_size": 64,
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    }
+    model, _ = abstract(fields)
+    params = init(model.arch, jax.random.key(0))
+    save_hf(model, params, tmp_path, dtype="float32")
+    tensors = load_file(tmp_path / "model.safetensors")
+    floats = dict(tensors)
+    for name in [name for name in tensors if ".experts." in name]:
+        parts = gptq(jnp.asarray(tensors.pop(name)))
+        module = name.removesuffix(".weight")
+        tensors |= {f"{module}.{suffix}": x for suffix, x in parts.items()}
+        leaf = gptq_format.read(parts, floats[name].shape, GPTQ, "float32")
+        floats[name] = np.array(dequantize(jax.tree.map(jnp.asarray, leaf)))
+    save_file(floats, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, want = load(tmp_path, dtype="float32")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": GPTQ}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, params = load(tmp_path, dtype="float32")
+    experts = params["layers"][0][0]["mlp"]["experts"]
+    assert {w["weight"].format for w in experts.values()} == {"int4"}
+    assert experts["up_proj"]["weight"].shape == (2, 4, 32, 64)
+    floats = want["layers"][0][0]["mlp"]["experts"]
+    for name, own in experts.items():
+        values = dequantize(own["weight"])
+        np.testing.assert_array_equal(values, floats[name]["weight"])
+        assert np.abs(values[:, ::-1] - floats[name]["weight"]).max() > 0.1  # other experts
+    logits = model(params, jnp.arange(24, dtype=jnp.int32)[None])
+    assert np.isfinite(logits).all()

@@ -95,7 +95,11 @@ def test_the_tables_shapes_have_the_published_parameters():
         "llama-3.1-8b": 8.030e9, "llama-3.1-70b": 70.554e9, "mistral-7b": 7.248e9,
         "qwen2.5-0.5b": 0.494e9, "qwen2.5-7b": 7.616e9, "qwen2.5-72b": 72.706e9,
         "qwen3-0.6b": 0.596e9, "qwen3-4b": 4.022e9, "qwen3-8b": 8.191e9, "qwen3-14b": 14.768e9,
-        "qwen3-32b": 32.762e9,
+        "qwen3-32b": 32.762e9, "gemma-2-2b": 2.614e9, "gemma-2-9b": 9.242e9,
+        "gemma-2-27b": 27.227e9,
+        "phi-3.5-mini": 3.821e9, "phi-4": 14.660e9, "olmo-2-7b": 7.299e9, "smollm3-3b": 3.075e9,
+        "starcoder2-3b": 3.030e9, "mixtral-8x7b": 46.703e9, "qwen3-30b-a3b": 30.532e9,
+        "gpt-oss-20b": 20.915e9, "deepseek-v2-lite": 15.706e9,
     }  # fmt: skip
     for name, count in published.items():
         shapes = jax.tree.leaves(abstract(SHAPES[name].fields)[1])

@@ -11,11 +11,15 @@ import pytest
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import Quantized, dequantize, matmul
 from mud_puppy.model import Inputs, axes
+from mud_puppy.model.names import flatten, unflatten
 from mud_puppy.parallel import make_mesh, shardings
 from mud_puppy.run import calibrate, gptq_block
 from mud_puppy.run.calibrate import GptqOptions, quantize_gptq
 from mud_puppy.weights import add_lora, is_weight
 from mud_puppy.weights.gptq import gptq, round_to_nearest, to_quantized
+from mud_puppy.weights.quantize import is_rounded
+from tests.model.family_cases import CASES
+from tests.model.family_models import ours as family
 from tests.tiny import tiny_model
 
 FIELDS = {
@@ -97,8 +101,8 @@ def inputs_of(model, params, blocks, layer, path, batches):
 
     def one_by_one(layers, group, x, cache, start):
         for at in range(0, layer + 1, len(group)):
-            x, cache = layers(blocks[at : at + len(group)], x, cache, jnp.int32(at))
-        return x, cache
+            x, cache, routed = layers(blocks[at : at + len(group)], x, cache, jnp.int32(at))
+        return x, cache, routed
 
     out = []
     for batch in batches:
@@ -314,3 +318,99 @@ def test_bad_calls(llama, batches):
     broken["layers"][0][0]["mlp_norm"] = broken["layers"][0][0]["mlp_norm"].at[1].set(jnp.inf)
     with pytest.raises(UserError, match=r"layers.1.mlp.gate_proj.*not finite"):
         quantize_gptq(model, broken, batches, OPTIONS)
+
+
+# --- every family, and experts -------------------------------------------------------------------
+
+FAST = (("qwen2_moe", True), ("gpt_oss", False))
+EACH = [
+    (case, awq) if (case, awq) in FAST else pytest.param(case, awq, marks=pytest.mark.slow)
+    for case in CASES
+    for awq in (False, True)
+]
+
+
+@pytest.mark.parametrize(("case", "awq"), EACH)
+def test_every_family(case, awq, batches):
+    model, params = family(case)
+    options = replace(OPTIONS, group=2 if "deepseek" in case else 4, bits=4, awq=awq)
+    done = quantize_gptq(model, params, batches, options)
+    want = logits(model, params, batches)
+    own = error(logits(model, done, batches), want)
+    plain = error(logits(model, quantize_plain(params, options), batches), want)
+    assert own < plain, (own, plain)
+    for path, leaf in flatten(done).items():
+        assert isinstance(leaf, Quantized) == is_rounded(path)
+
+
+def quantize_plain(params, options):
+    def change(path, w):
+        if not is_rounded(path):
+            return w
+        flat = w.reshape(-1, *w.shape[-2:])
+        own = [
+            dequantize(to_quantized(*round_to_nearest(x, **options.grid), options.bits, x.dtype))
+            for x in flat
+        ]
+        return jnp.stack(own).reshape(w.shape)
+
+    return unflatten(params, {path: change(path, w) for path, w in flatten(params).items()})
+
+
+def given_to(model, params, batches, expert):
+    """Rows that an expert of the one layer was given, and what a shared one reads beside it."""
+    (block,) = params["layers"][0]
+    shared = block["mlp"]["shared_expert"]["gate_proj"]
+    spied = {**shared, "weight": Spy(shared["weight"])}
+    mlp = {**block["mlp"], "shared_expert": {**block["mlp"]["shared_expert"], "gate_proj": spied}}
+    one = jax.tree.map(lambda x: x[0], {**block, "mlp": mlp})
+    rows = []
+    for batch in batches:
+        given = [jnp.asarray(batch[k][0]) for k in ("tokens", "positions", "segment_ids")]
+        SEEN.clear()
+        model.forward(
+            params, Inputs(*given), run_layers=lambda f, _, x, c, at: f([one], x, c, jnp.int32(at))
+        )
+        rows.append(SEEN[0][np.asarray(given[2]) > 0])
+    x = np.concatenate(rows)
+    best = np.argsort(-(x @ np.asarray(block["mlp"]["router"][0], np.float64).T), axis=1)
+    return x[(best[:, : model.arch.experts.per_token] == expert).any(1)]
+
+
+@pytest.mark.parametrize("fault", [None, "all rows"])
+def test_an_expert_is_rounded_for_its_own_rows(fault, batches, monkeypatch):
+    monkeypatch.setattr(gptq_block, "_HESSIAN_BYTES", 4 * 32 * 32 * 2)  # two experts at a time
+    model, params = family(
+        "qwen2_moe", num_hidden_layers=1, mlp_only_layers=[], moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    )  # fmt: skip
+    done = quantize_gptq(model, params, batches, OPTIONS)
+    experts, floats = (p["layers"][0][0]["mlp"]["experts"] for p in (done, params))
+    for e in (0, 3):
+        x = given_to(model, done, batches, e)
+        if fault:
+            x = np.concatenate([given_to(model, done, batches, i) for i in range(6)])
+        assert len(x) > 20
+        w = jnp.concatenate([floats[name]["weight"][0, e] for name in ("gate_proj", "up_proj")])
+        own = gptq(w, jnp.asarray(x.T @ x, jnp.float32), act_order=False, **OPTIONS.grid)
+        want = np.asarray(dequantize(to_quantized(*own, OPTIONS.bits, jnp.float32)))
+        got = np.concatenate([
+            np.asarray(dequantize(experts[name]["weight"]))[0, e]
+            for name in ("gate_proj", "up_proj")
+        ])  # fmt: skip
+        same = (np.abs(got - want) < 1e-3 * np.abs(want).max()).mean()
+        assert (same > 0.97) == (fault is None), same
+
+
+def test_an_expert_without_rows_is_rounded_to_nearest(batches, caplog):
+    model, params = family("qwen3_moe", num_hidden_layers=1, moe_intermediate_size=32)
+    block = params["layers"][0][0]
+    # No token prefers the second expert to the others.
+    block["mlp"]["router_bias"] = jnp.zeros((1, 6)).at[0, 1].set(-1e6)
+    with caplog.at_level("INFO", logger="mud_puppy"):
+        done = quantize_gptq(model, params, batches, OPTIONS)
+    assert "2 weights of experts that no calibration token was given to" in caplog.text
+    w = block["mlp"]["experts"]["up_proj"]["weight"][0, 1]
+    nearest = to_quantized(*round_to_nearest(w, **OPTIONS.grid), OPTIONS.bits, w.dtype)
+    got = done["layers"][0][0]["mlp"]["experts"]["up_proj"]["weight"]
+    np.testing.assert_array_equal(dequantize(got)[0, 1], dequantize(nearest))

@@ -101,7 +101,7 @@ def save_quantized(
     ]
     if plain:
         log.warning(
-            "%s: %d tensors, as %s, are written as floats: layouts of codes have no tensor of all experts",
+            "%s: %d tensors, as %s, are written as floats: the layout has no codes of all experts",
             out,
             len(plain),
             plain[0],

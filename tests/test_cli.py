@@ -99,6 +99,15 @@ def test_positional_form(trained, tmp_path):
     ]
 
 
+def test_a_model_may_name_a_revision(trained, tmp_path, capsys):
+    assert cli.main(["org/name@refs/pr/3", "d.jsonl", "--output", str(tmp_path / "o")]) == 0
+    assert trained[0].model == "org/name@refs/pr/3"
+    assert Config.load(trained[0].to_dict()).model == "org/name@refs/pr/3"
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "org/name@revision" in capsys.readouterr().out
+
+
 def test_flags_win_over_the_config_file(trained, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(f"model: m\ndataset: d\noutput: {tmp_path / 'o'}\nseed: 3\nlora_r: 4\n")

@@ -24,7 +24,9 @@ class Preview:
     train_on_prompt: bool = _flag(False, "train on every token, not on the answers only")
     roles_to_train: tuple[str, ...] = _flag(("assistant",), "roles that are trained on")
     on_bad_rows: Literal["stop", "skip"] = _flag("stop", "what to do with a row that is not valid")
-    trust_remote_code: bool = _flag(False, "let the tokenizer run code from its own folder")
+    trust_remote_code: bool = _flag(
+        False, "run the Python of the model's folder for config and tokenizer"
+    )
 
 
 def run_preview(args: Preview) -> None:

@@ -226,7 +226,9 @@ class Config:
         0, "threads that make batches ahead of the step", NOT_NEGATIVE, needs=_TRAINS
     )
     preprocess_workers: int = _data(1, "processes that tokenize", AT_LEAST_1)
-    trust_remote_code: bool = _data(False, "let the tokenizer run code from its own folder")
+    trust_remote_code: bool = _data(
+        False, "run the Python of the model's folder for config and tokenizer"
+    )
 
     batch_size: int = _train(
         4,

@@ -100,7 +100,7 @@ def _refuse_own_source(config: Config) -> None:
 
 
 def _real(source: str) -> Path:
-    return Path(os.path.realpath(Path(source).expanduser()))
+    return Path(os.path.realpath(os.path.expanduser(source)))
 
 
 def _held(output: str) -> list[str]:

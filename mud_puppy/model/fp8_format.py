@@ -5,13 +5,15 @@
                          multiplied by; or one number for the whole weight
     M.activation_scale   a scale of the inputs, where they are static: not read
 
-compressed-tensors' float8 in blocks by other names (`compressed_tensors`): our fp8 in groups, whose
-scales are copied to each row of a block. Source: transformers' integrations/finegrained_fp8.py.
+AutoFP8's files call the same scale of a whole weight `weight_scale`. These are compressed-tensors'
+float8 by other names: our fp8, in groups whose scales are copied to each row of a block. Sources:
+transformers' integrations/finegrained_fp8.py; https://github.com/neuralmagic/AutoFP8
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from mud_puppy.errors import UserError
@@ -20,18 +22,19 @@ from mud_puppy.model import compressed_tensors
 from mud_puppy.model.compressed_tensors import Scheme
 from mud_puppy.model.tensors import checked
 
-SUFFIXES = ("weight", "weight_scale_inv")
+SCALES = ("weight_scale_inv", "weight_scale")
 EXTRAS = ("activation_scale", "input_scale")
 
 
 def scheme(config: Mapping[str, Any]) -> Scheme:
-    """How a `quantization_config` stores weights; UserError for what is not read."""
+    """How a `quantization_config` stores weights; UserError for what is not read. A config without
+    a block size is AutoFP8's."""
     if (found := config.get("fmt", "e4m3")) != "e4m3":
         raise UserError(f"quantization_config: fmt is '{found}'; e4m3 loads")
     if (found := config.get("expert_dtype", "fp8")) != "fp8":
         raise UserError(f"quantization_config: experts are {found}; fp8 loads")
     inputs = config.get("activation_scheme", "dynamic")
-    block = config.get("weight_block_size", (128, 128))
+    block = config.get("weight_block_size")
     if block is None:
         return Scheme(8, "tensor", type="float", unrounded=f"float8, {inputs}")
     if len(block) != 2 or any(not isinstance(size, int) or size < 1 for size in block):
@@ -44,9 +47,13 @@ def read(
 ) -> Quantized:
     """The weight [out, in] of the tensors of one linear, by suffix; dtype: what `dequantize`
     returns. UserError for tensors of another shape than a weight of `shape` has."""
-    expected = ()
+    name = next(name for name in SCALES if name in tensors)
+    expected = np.shape(tensors[name]) if np.size(tensors[name]) == 1 else ()
     if isinstance(scheme.group, int):
         expected = -(-shape[0] // scheme.block), -(-shape[1] // scheme.group)
-    scales = checked(tensors, "weight_scale_inv", expected, np.float32)
-    named = {"weight": tensors["weight"], "weight_scale": scales.reshape(expected or 1)}
+    scales = checked(tensors, name, expected)
+    if scales.dtype.kind != "f" and scales.dtype != ml_dtypes.bfloat16:
+        raise UserError(f"{name} is {scales.dtype.name}: scales are floats")
+    one = scheme.group == "tensor"
+    named = {"weight": tensors["weight"], "weight_scale": scales.reshape(1) if one else scales}
     return compressed_tensors.read(named, shape, scheme, dtype)

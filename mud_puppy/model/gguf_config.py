@@ -33,6 +33,11 @@ def config_fields(reader: gguf.GGUFReader, path: Path) -> dict[str, Any]:
             f"{path}: GGUF architecture '{family}' is not read; "
             f"architectures that load: {', '.join(ARCHITECTURES)}"
         )
+    if (parts := metadata(reader, "split.count", 1)) > 1:
+        raise UserError(
+            f"{path}: one of {parts} parts of a model, which are not read: join them with "
+            "llama-gguf-split --merge"
+        )
     start = f"{family}."
     given = {
         key.removeprefix(start): metadata(reader, key)

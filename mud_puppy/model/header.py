@@ -52,10 +52,12 @@ def _fields(path: Path, size: int) -> tuple[dict[str, Any], int]:
                 raise _broken(path, f"its header is said to have {length} bytes, the file {size}")
             if length > MAX_JSON_BYTES:
                 raise _broken(path, f"a header of {length} bytes is more than any model's")
-            fields = parse_json(file.read(length))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
+            text = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        fields = parse_json(text)
+    except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is no JSON: {error}") from None
     if not isinstance(fields, dict):
         raise _broken(path, f"its header is a {type(fields).__name__}, not an object")
@@ -67,8 +69,8 @@ def _entry(
 ) -> Entry:
     if not name.isprintable():  # it will stand in messages
         raise _broken(path, f"tensor {shown(name)} has a name that cannot be printed")
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise _broken(path, f"tensor {shown(name)} has not just dtype, shape and data_offsets")
+    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= set(value):
+        raise _broken(path, f"tensor {shown(name)} has not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in itemsizes:
         raise UserError(

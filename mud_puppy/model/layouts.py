@@ -139,10 +139,8 @@ def _fp8(config: Config, names: Names) -> Layout:
 
     def parts(weight: str) -> Parts | None:
         module = _module(weight)
-        needed, extras = fp8_format.SUFFIXES, fp8_format.EXTRAS
-        if f"{module}.{needed[-1]}" not in names:
-            return None
-        return _join(module, [*needed, *(name for name in extras if f"{module}.{name}" in names)])
+        found = [s for s in (*fp8_format.SCALES, *fp8_format.EXTRAS) if f"{module}.{s}" in names]
+        return _join(module, ["weight", *found]) if {*fp8_format.SCALES} & {*found} else None
 
     def kind(weight: str, tensors: Mapping[str, Stored]) -> Kind:
         return Kind(repr(scheme), f"keep their codes, with inputs as they are ({scheme.unrounded})")

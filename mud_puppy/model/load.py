@@ -112,7 +112,7 @@ def _read(
     return stack(layers, n)
 
 
-def _swap(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _swap(shape: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*shape[:-2], shape[-1], shape[-2])
 
 

@@ -55,7 +55,9 @@ class Codes:
         self._weights: dict[str, list[str]] = {}
         for leaf, weights in names.items():
             found = {weight: self._parts(weight) for weight in weights}
-            if not _is_linear(leaf):  # a config may name norms beside linears: its tensors decide
+            # A config may name norms beside linears, or experts that are one tensor, of which no
+            # layout but MXFP4's has codes: the tensors decide.
+            if not _is_linear(leaf) or not weights[0].endswith(".weight"):
                 found = {w: own for w, own in found.items() if own and self._have(own)}
             self.parts |= {weight: [*own.values()] for weight, own in found.items() if own}
             if any(found.values()):

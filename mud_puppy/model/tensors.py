@@ -99,13 +99,16 @@ def _stored(path: Path, name: str, entry: Entry) -> Stored:
 def _read(path: Path, start: int, row_bytes: int, a: int, b: int, out: np.ndarray) -> None:
     assert out.flags.c_contiguous and out.nbytes == (b - a) * row_bytes
     view, done = out.reshape(-1).view(np.uint8).data, 0
-    with path.open("rb", buffering=0) as file:
-        file.seek(start + a * row_bytes)
-        while done < len(view):
-            count = file.readinto(view[done:])
-            if not count:
-                raise UserError(f"{path}: ended while it was read; it changed under us")
-            done += count
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start + a * row_bytes)
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise UserError(f"{path}: ended while it was read; it changed under us")
+                done += count
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def write_safetensors(

@@ -12,6 +12,7 @@ from typing import Any
 
 from mud_puppy.config import Config
 from mud_puppy.errors import UserError
+from mud_puppy.weights.lora import ALL_LINEAR
 
 log = logging.getLogger("mud_puppy")
 
@@ -92,6 +93,12 @@ def _quantized_adapters(config: Config, devices: int) -> Changes | None:
     return {"method": "qlora"} if plain else None
 
 
+def _attention_alone(config: Config, devices: int) -> Changes | None:
+    """Adapters on 128 experts are a tenth of the model."""
+    everywhere = config.method in ("lora", "qlora") and config.lora_targets == ALL_LINEAR
+    return {"lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj"]} if everywhere else None
+
+
 def _shorter(config: Config, devices: int) -> Changes | None:
     half = config.max_seq_length // 2
     return {"max_seq_length": half} if half >= 256 else None
@@ -108,13 +115,14 @@ OTHERS = (
     Lever("optimizer states in 8 bits", _smaller_states, fixed=True),
     Lever("the base model in 4 bits", _codes, fixed=True),
     Lever("embedding and head in int8", _embeddings, fixed=True),
+    Lever("adapters on attention alone", _attention_alone, fixed=True),
     Lever("adapters instead of all weights", _adapters, fixed=True),
     Lever("adapters on a base in 4 bits", _quantized_adapters, fixed=True),
     Lever("shorter rows", _shorter),
 )
 
 # The least that any step of the model needs.
-LEAST = (*EXACT, OTHERS[0], OTHERS[4], *OTHERS[1:3])
+LEAST = (*EXACT, OTHERS[0], OTHERS[5], *OTHERS[1:4])
 
 # measure(changes, devices) -> the bytes that the changed config's step needs, or UserError.
 Measure = Callable[[Changes, int], int]

@@ -128,4 +128,6 @@ def _keys(changes: Changes) -> str:
 
 
 def _yaml(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(value)}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

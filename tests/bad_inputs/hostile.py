@@ -97,7 +97,7 @@ def vast(folder: Path) -> None:
     found, end = {}, 0
     for name, value in header_of(folder / TENSORS)[0].items():
         if name != "__metadata__":
-            shape = [int(wider.get(size, size)) for size in value["shape"]]
+            shape: list[int] = [wider.get(size) or size for size in value["shape"]]
             start, end = end, end + 4 * prod(shape)
             found[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(found).encode()

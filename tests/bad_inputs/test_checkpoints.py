@@ -40,7 +40,10 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "header of 30 MB of open lists": (hostile.garbage(30 * MIB, b"["), (BROKEN, "no JSON")),
     "header is no UTF-8": (hostile.garbage(100, b"\xff"), (BROKEN, "no JSON")),
     "header is a list": (hostile.text(lambda t: f"[{t}]"), (BROKEN, "is a list, not an object")),
-    "entry is a number": (hostile.header(lambda h: h | {UP: 3}), (BROKEN, f"'{UP}' has not just")),
+    "entry is a number": (
+        hostile.header(lambda h: h | {UP: 3}),
+        (BROKEN, f"'{UP}' has not dtype, shape and"),
+    ),
     "name with an escape": (
         hostile.header(lambda h: h | {"a\x1b[2J\n": h[UP]}),
         (BROKEN, r"'a\x1b[2J\n' has a name that cannot be printed"),

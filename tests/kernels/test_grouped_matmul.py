@@ -104,6 +104,28 @@ def test_a_quantized_weight_is_that_which_it_decodes_to(name, format, monkeypatc
     assert max(contract.differences(ours, run(w))) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["xla", "pallas"])
+def test_few_rows_decode_their_experts_alone(name, monkeypatch):
+    """Fewer rows than experts, some of which have several, as when a model writes."""
+    sizes = [0, 2, 0, 0, 1, 0, 1, 0, 0]
+    x, w = inputs(sizes, 48, 64, jnp.bfloat16, rest=1)
+    codes = jax.lax.map(lambda w: quantize(w, "nf4", double=True), w)
+    g = jnp.ones((5, 48), jnp.bfloat16)
+    seen = []
+    decode = pallas.dequantize
+    monkeypatch.setattr(
+        pallas, "dequantize", lambda w, dtype: seen.append(w.shape) or decode(w, dtype)
+    )
+
+    def run(w):
+        f = lambda x: call(x, w, jnp.asarray(sizes), implementation=name)  # noqa: E731
+        return contract.compiled(f, (x,), g)
+
+    ours, theirs = run(codes), run(dequantize(codes))
+    assert max(contract.differences(ours, theirs)) < contract.tolerance(jnp.bfloat16, 64)
+    assert all(shape == (5, 48, 64) for shape in seen) and bool(seen) == (name == "pallas")
+
+
 def test_two_runs_are_bitwise_equal():
     x, w = inputs([20, 40, 4], 48, 32, jnp.float32)
     f = jax.jit(

@@ -29,9 +29,23 @@ def test_one_scale_and_blocks_over_the_last_rows():
     want = values * np.repeat(np.repeat(scales, 4, 0)[:6], 4, 1)
     np.testing.assert_array_equal(dequantize(jax.tree.map(jnp.asarray, leaf)), want)
     assert np.abs(want - values * np.repeat(np.repeat(scales.T, 4, 0)[:6], 4, 1)).max() > 1
-    for bad in (scales[:1], scales.astype(np.float16)):
-        with pytest.raises(UserError, match=r"weight_scale_inv is .*expected float32\[2, 2\]"):
+    for bad in (scales[:1], scales.astype(np.uint8)):
+        with pytest.raises(
+            UserError, match=r"weight_scale_inv is .*(expected \[2, 2\]|are floats)"
+        ):
             read({"weight": w, "weight_scale_inv": bad}, (6, 8), blocks, "float32")
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_autofp8_says_one_scale(shape):
+    w = np.random.default_rng(0).normal(size=(6, 8)).astype(ml_dtypes.float8_e4m3fn)
+    own = {"quant_method": "fp8", "activation_scheme": "static"}
+    scale = np.full(shape, 0.25, ml_dtypes.bfloat16)
+    tensors = {"weight": w, "weight_scale": scale, "input_scale": np.float32(1)}
+    leaf = jax.tree.map(jnp.asarray, read(tensors, (6, 8), scheme(own), "float32"))
+    np.testing.assert_array_equal(dequantize(leaf), w.astype(np.float32) / 4)
+    with pytest.raises(UserError, match=r"weight_scale is float32\[6\], expected \[\]"):
+        read(tensors | {"weight_scale": np.ones(6, np.float32)}, (6, 8), scheme(own), "float32")
 
 
 @pytest.mark.parametrize(

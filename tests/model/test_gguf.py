@@ -133,6 +133,18 @@ def test_metadata_that_would_change_the_model_is_refused(
         load(write(tmp_path / "bad.gguf", llama, **fields))
 
 
+def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a-00001-of-00002.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"one of 2 parts of a model.*llama-gguf-split --merge"):
+        load(path)
+
+
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bert.gguf"
     writer = gguf.GGUFWriter(path, "bert")

@@ -76,13 +76,13 @@ def test_logits_are_those_of_transformers(case: str, tmp_path: Path, tokens: Any
     )
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    allowed, ids = 1e-3 * np.abs(expected).max(), jnp.asarray(tokens)
+    allowed, ids = 1e-4 * np.abs(expected).max(), jnp.asarray(tokens)
 
     model, params = mp.load(path, dtype="float32")
     assert np.abs(model(params, ids) - expected).max() <= allowed
     order = params["layers"][0][0]["mlp"]["up_proj"]["weight"]
     params["layers"][0][0]["mlp"]["up_proj"]["weight"] = order[:, ::-1]
-    assert np.abs(model(params, ids) - expected).max() > 10 * allowed
+    assert np.abs(model(params, ids) - expected).max() > 100 * allowed
     if kept is None:
         return
     _, params = mp.load(path, dtype="float32", keep_codes=True)

@@ -1,5 +1,6 @@
 """Safetensors: the dtypes of weights and of codes, against the library; what no weight is."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,19 @@ def test_the_library_reads_each_dtype_as_it_was_written(shape: tuple, tmp_path: 
         assert theirs[name]["dtype"] == name and theirs[name]["shape"] == list(shape)
         assert bytes(theirs[name]["data"]) == array.tobytes() == whole(ours[name]).tobytes()
         assert ours[name].dtype == array.dtype
+
+
+def test_files_that_change_after_they_were_opened(tmp_path: Path) -> None:
+    path, array = tmp_path / "x.safetensors", np.ones((8, 4), np.float32)
+    write_safetensors(path, {"a": (array.shape, array.dtype)}, [array])
+    stored = open_safetensors(path)["a"]
+    assert np.array_equal(whole(stored), array)
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(UserError, match=f"{path}: ended while it was read"):
+        whole(stored)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path}: cannot be read: No such file"):
+        whole(stored)
 
 
 def replaced(llama: Path, tmp_path: Path, dtype: str) -> Path:

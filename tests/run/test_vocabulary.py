@@ -80,6 +80,14 @@ def test_tokens_that_are_there_change_nothing(keys: dict[str, Any]) -> None:
     assert result.params["embed"].shape == (258, 32)
 
 
+def test_what_is_trained_for_codes_has_them_too(keys: dict[str, Any]) -> None:
+    out = mp.train(keys | {"method": "qat", "max_steps": 1}).output
+    for folder in (out, out / "qat_int8"):
+        assert mp.abstract(folder)[1]["embed"].shape == (260, 32)
+        assert mp.load(folder)[1]["embed"].shape == (260, 32)
+        assert len(mp.load_tokenizer(folder)) == 260
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora", "gptq"])
 def test_methods_that_train_no_rows_refuse_them(method: str, keys: dict[str, Any]) -> None:
     why = r"added_tokens needs method full, or qat without qat_lora \(adapters have no rows"

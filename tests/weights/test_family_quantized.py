@@ -44,7 +44,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "mxfp4": {},
     "fp8": {},
 }
-FAST = {"qwen2_moe": FORMATS, "deepseek_v3": ("nf4",), "gpt_oss": ("mxfp4",)}
+FAST = {"qwen2_moe": ("nf4",), "gpt_oss": ("mxfp4",)}
 EACH = [
     (case, format)
     if format in FAST.get(case, ())
@@ -94,7 +94,7 @@ def test_products_and_adapters(case: str, format: str) -> None:
 SAVED = {"nf4": 1e-5, "int8": 1e-5}
 EACH_SAVED = [
     (case, format)
-    if (case, format) in (("qwen2_moe", "nf4"), ("gpt_oss", "int8"), ("gpt2", "nf4"))
+    if (case, format) in (("gpt_oss", "int8"), ("gpt2", "nf4"))
     else pytest.param(case, format, marks=pytest.mark.slow)
     for case in CASES
     for format in SAVED
@@ -123,7 +123,9 @@ def wide(case: str) -> tuple[Any, Any]:
     """bitsandbytes' groups are 64 and go over the rows, of which ours are whole ones."""
     own = CASES[case][1]
     fields = {name: 64 for name in FIELDS if name in own and name != "head_dim"}
+    heads = 8 if case == "phi4" else 4  # the factors of its rope are those of heads of 8
     fields |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    fields |= {"num_attention_heads": heads}
     fields |= {"head_dim": 16} if "head_dim" in own else {}
     if own.get("q_lora_rank", 0) is None:
         fields["q_lora_rank"] = None
@@ -142,5 +144,5 @@ def test_grids_and_float8(case: str) -> None:
     rounded = fake_quant(params, "int8", activations="int8")
     shipped = finish_fake_quant(rounded)
     assert difference(logits(model, shipped), logits(model, rounded)) < 1e-4
-    assert 1e-4 < difference(logits(model, rounded), floats)
+    assert difference(logits(model, rounded), floats) > 1e-4
     assert np.isfinite(logits(model, fp8(params, emulated=True))).all()

@@ -17,7 +17,10 @@ from mud_puppy.kernels import choice, target, tuned
 from mud_puppy.kernels import pallas as pl
 from mud_puppy.kernels.formats import Quantized, dequantize
 
-DECODED_BYTES = 256 * 2**20  # of the experts of a quantized weight that are decoded at once
+# Of the experts of a quantized weight that are decoded at once: all, in models up to gpt-oss.
+# In two parts the gate of Qwen3-30B-A3B with 131,072 rows takes 4.6 ms both ways, in one 2.4 (H100,
+# jax 0.11.2).
+DECODED_BYTES = 1152 * 2**20
 GROUP = 8  # row tiles that share a column tile in the L2
 
 
@@ -53,6 +56,10 @@ def grouped(x: Any, w: Any, sizes: Any, transpose: bool = False, tiles: Tiles | 
     M = len(x)
     x = jnp.pad(x, [(0, max(0, 16 - M)), (0, 0)])
     if isinstance(w, Quantized):
+        if len(sizes) > M:
+            # A few tokens meet a few experts: only theirs are decoded, and there are M at most.
+            met = jnp.argsort(sizes == 0, stable=True)[:M]
+            w, sizes = jax.tree.map(lambda a: a[met], w), sizes[met]
         return _decoded(x, w, sizes, transpose, tiles)[:M]
     ends = jnp.cumsum(sizes).astype(jnp.int32)
     # The rows after the last group are one more group, of no expert.

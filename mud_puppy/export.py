@@ -22,7 +22,7 @@ from mud_puppy.model.files import find_model
 from mud_puppy.model.load import check_dtype
 from mud_puppy.model.module import Model, path_in_table
 from mud_puppy.model.names import flatten, hf_names
-from mud_puppy.model.quantized_files import Writer, writer
+from mud_puppy.model.quantized_files import Writer, mxfp4_writer, writer
 from mud_puppy.model.save import Spec, write_configs, write_tokenizer, write_weights
 from mud_puppy.weights import Int8Dynamic, Lora, base_of, dense, is_weight
 from mud_puppy.weights.tree import under_rounding
@@ -86,27 +86,26 @@ def save_quantized(
     """`save_hf` that keeps codes as codes, in a layout that transformers loads.
 
     nf4 is written as bitsandbytes', the other formats as compressed-tensors, unless `layout` says
-    how; what is no `Quantized` in `dtype`. UserError for adapters, and where a layout cannot hold a
+    how, and gpt-oss whose experts alone are in mxfp4 as its own files are; what is no `Quantized`
+    in `dtype`. UserError for adapters, and where a layout cannot hold a
     format.
     """
     check_dtype(dtype)
     _refuse_adapters(params)
     places = _places(model, params)
     coded = _coded(places, dtype)
-    layout = layout or _layout(places, dtype)
-    plain = [
-        n
-        for n, p in places.items()
-        if isinstance(p.leaf, _CODES) and n.removesuffix(".weight") not in coded
-    ]
-    if plain:
+    of_all = _of_all_experts(places, coded)
+    if of_all and not coded and all(_is_mxfp4(place.leaf) for place in of_all.values()):
+        layout, coded = mxfp4_writer(), of_all
+    elif of_all:
         log.warning(
             "%s: %d tensors, as %s, are written as floats: the layout has no codes of all experts",
             out,
-            len(plain),
-            plain[0],
+            len(of_all),
+            next(iter(of_all)),
         )
-    packed = lru_cache(maxsize=1)(lambda module: layout.pack(_one(coded[module])))
+    found = layout or _layout(places, dtype)
+    packed = lru_cache(maxsize=1)(lambda module: found.pack(_one(coded[module])))
     specs: dict[str, Spec] = {}
     of: dict[str, tuple[str, str]] = {}
     for name, place in places.items():
@@ -116,8 +115,9 @@ def save_quantized(
             continue
         # Each is packed, here and again to be written: texts in a layout have lengths of their own.
         for suffix, array in packed(module).items():
-            specs[f"{module}.{suffix}"] = array.shape, array.dtype
-            of[f"{module}.{suffix}"] = module, suffix
+            tensor_name = f"{module}{found.between}{suffix}"
+            specs[tensor_name] = array.shape, array.dtype
+            of[tensor_name] = module, suffix
 
     def tensor(name: str) -> np.ndarray:
         if name in of:
@@ -125,7 +125,7 @@ def save_quantized(
             return packed(module)[suffix]
         return _read(places[name], specs[name][1])
 
-    extra = {"quantization_config": layout.config}
+    extra = {"quantization_config": found.config}
     _write(model, Path(out).expanduser(), specs, tensor, dtype, tokenizer, max_shard_bytes, extra)
 
 
@@ -165,6 +165,19 @@ def _coded(places: dict[str, Place], dtype: str) -> dict[str, Place]:
     """Where the weights in codes are, by module."""
     found = {name.removesuffix(".weight"): place for name, place in _linears(places, dtype)}
     return {module: place for module, place in found.items() if isinstance(place.leaf, _CODES)}
+
+
+def _of_all_experts(places: dict[str, Place], coded: dict[str, Place]) -> dict[str, Place]:
+    """Where codes are that are one tensor of all experts of a layer, as gpt-oss has them."""
+    return {
+        name: place
+        for name, place in places.items()
+        if isinstance(place.leaf, _CODES) and name.removesuffix(".weight") not in coded
+    }
+
+
+def _is_mxfp4(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized) and leaf.format == "mxfp4"
 
 
 def _linears(places: dict[str, Place], dtype: str) -> list[tuple[str, Place]]:

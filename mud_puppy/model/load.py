@@ -18,7 +18,7 @@ from mud_puppy.model.arch import Arch
 from mud_puppy.model.families import Row, ignored, read_config, rows
 from mud_puppy.model.files import find_model, open_tensors
 from mud_puppy.model.gguf import open_gguf
-from mud_puppy.model.gguf_codes import GgufCodes
+from mud_puppy.model.gguf_codes import GgufCodes, say_decoded
 from mud_puppy.model.hf_config import read_config_file, to_config
 from mud_puppy.model.module import Model, axes, build, path_in_table
 from mud_puppy.model.names import flatten, hf_names, unflatten
@@ -40,7 +40,7 @@ def load(
     trust_remote_code: bool = False,
     keep_codes: bool = False,
 ) -> tuple[Model, Tree]:
-    """(model, params) from a folder of safetensors, a GGUF file or a hub id.
+    """(model, params) from a folder of safetensors, a GGUF file or a hub id (`id@revision`).
 
     dtype: of every leaf; None keeps what is stored (GGUF: float32). mesh: shards the leaves by
     `parallel.rules`. on_leaf(path, array) replaces each tensor as it is read, e.g. by codes: paths
@@ -179,6 +179,8 @@ def _codes(
     if quantization is not None:
         return Codes(path, quantization, names, tensors)
     if not keep:
+        if path.is_file():
+            say_decoded(path, tensors.values())
         return None
     if not path.is_file():
         raise UserError(

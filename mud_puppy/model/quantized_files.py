@@ -20,7 +20,13 @@ import numpy as np
 
 from mud_puppy.errors import UserError
 from mud_puppy.kernels import Quantized, dequantize
-from mud_puppy.model import bitsandbytes_format, compressed_config, compressed_tensors, gptq_format
+from mud_puppy.model import (
+    bitsandbytes_format,
+    compressed_config,
+    compressed_tensors,
+    gptq_format,
+    mxfp4_format,
+)
 from mud_puppy.model.layouts import Arrays, Config, Kind, layout
 from mud_puppy.model.read import whole
 from mud_puppy.model.tensors import Stored, check_float
@@ -176,10 +182,12 @@ def _check_finite(stored: Stored, values: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Writer:
-    """pack(leaf of one module) -> tensors by suffix; config: `quantization_config`."""
+    """pack(leaf of one module) -> tensors by suffix; config: `quantization_config`. between: module
+    and suffix in a tensor's name."""
 
     pack: Callable[[Any], Arrays]
     config: dict[str, Any]
+    between: str = "."
 
 
 def writer(modules: Mapping[str, Any], dtype: str) -> Writer:
@@ -217,6 +225,17 @@ def _nf4_writer(modules: Mapping[str, Any], dtype: str) -> Writer:
 
 def _is_nf4(w: Any) -> bool:
     return isinstance(w, Quantized) and w.format == "nf4"
+
+
+def mxfp4_writer() -> Writer:
+    """gpt-oss's layout, which holds the experts of a layer in mxfp4 and all else in floats."""
+    skip = [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ]
+    return Writer(mxfp4_format.pack, mxfp4_format.quantization_config(skip), "_")
 
 
 def gptq_writer(config: dict[str, Any]) -> Writer:

@@ -136,8 +136,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "sliding_window": 5,
             "num_hidden_layers": 4,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]
-            + ["sliding_attention"],
+            "layer_types": [*["sliding_attention"] * 2, "full_attention", "sliding_attention"],
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
                 "full_attention": _YARN,

@@ -189,7 +189,7 @@ def tensors_of(folder: Path) -> dict[str, Any]:
 
 
 def round_trip(made: Made, out: Path, change: Change = unchanged) -> bool:
-    """Whether load and save give the same tensors, byte by byte, and a config that says the same."""
+    """Whether load and save give the same bytes of each tensor and a config that says the same."""
     model, params = change(*load(made.folder, dtype=None))
     save_hf(model, params, out, dtype=None)
     before, after = tensors_of(made.folder), tensors_of(out)

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mud_puppy.errors import UserError
+from mud_puppy.export import save_quantized
 from mud_puppy.kernels import dequantize, quantize
 from mud_puppy.kernels.formats import swap_nibbles
 from mud_puppy.model import load
@@ -144,6 +145,12 @@ def test_logits_of_gpt_oss_are_those_of_transformers(tmp_path):
     experts = params["layers"][0][0]["mlp"]["experts"]
     assert experts["gate_up_proj"]["weight"].format == "mxfp4"
     assert experts["down_proj"]["weight"].shape == (1, 4, 64, 96)
+    save_quantized(model, params, tmp_path / "again", dtype="float32")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(again[name].tobytes() == x.tobytes() for name, x in tensors.items())
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert saved["quantization_config"]["quant_method"] == "mxfp4"
     run, ids = jax.jit(model.__call__), jnp.asarray(tokens, jnp.int32)
     assert np.abs(run(params, ids) - want).max() <= 1e-4 * np.abs(want).max()
     experts["down_proj"]["weight"] = replace(

@@ -1,6 +1,7 @@
 """Experts' products: the same as one `linear` for each expert, whatever the weight is."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from mud_puppy.errors import UserError
+from mud_puppy.export import save_hf
 from mud_puppy.kernels import Quantized, formats
-from mud_puppy.model import Inputs, abstract, axes, init
+from mud_puppy.model import Inputs, abstract, axes, init, load, make_cache
 from mud_puppy.parallel import make_mesh, shardings
 from mud_puppy.weights import (
     Lora,
@@ -231,8 +233,6 @@ def test_eight_devices_give_the_logits_and_gradients_of_one(kind: str) -> None:
 
 
 def test_codes_are_read_from_their_stack_under_a_cache() -> None:
-    from mud_puppy.model import make_cache
-
     model, params = make()
     params = adapted(quantize(params, "nf4"))
     want, *_ = jax.jit(model.forward)(params, Inputs(TOKENS))
@@ -281,3 +281,13 @@ def test_frozen_adapters_do_not_train() -> None:
     merged = merge_lora(twice)
     a, b = (np.asarray(model(p, TOKENS)) for p in (twice, merged))
     np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max())
+
+
+def test_experts_are_encoded_as_they_are_read(tmp_path: Path) -> None:
+    model, params = make()
+    save_hf(model, params, tmp_path, dtype="float32")
+    _, read = load(tmp_path, dtype="float32", on_leaf=quantizer(Scheme("nf4")))
+    coded = quantize(params, "nf4")
+    assert jax.tree.structure(read) == jax.tree.structure(coded)
+    for x, y in zip(jax.tree.leaves(read), jax.tree.leaves(coded), strict=True):
+        np.testing.assert_array_equal(x, y)

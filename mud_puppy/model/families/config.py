@@ -80,7 +80,8 @@ _READ = (
 _HARMLESS = (
     "architectures dtype torch_dtype transformers_version _name_or_path name_or_path "
     "use_cache bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id "
-    "cls_token_id pretraining_tp id2label label2id problem_type output_attentions "
+    "bos_token eos_token pad_token unk_token cls_token_id pretraining_tp id2label label2id "
+    "problem_type output_attentions "
     "output_hidden_states return_dict torchscript chunk_size_feed_forward "
     "is_encoder_decoder tokenizer_class task_specific_params finetuning_task prefix "
     "unsloth_fixed unsloth_version is_llama_config transformers.js_config auto_map "

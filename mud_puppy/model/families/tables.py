@@ -60,6 +60,10 @@ _SANDWICH = {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
 }
+_AFTER = {
+    "attn_post_norm": "post_attention_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
 _POST = ("attn_post_norm", "mlp_post_norm")
 _BOTH = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")
 _SLIDING = "use_sliding_window sliding_window max_window_layers layer_types"
@@ -246,19 +250,13 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(
         "Olmo2ForCausalLM",
         _olmo2,
-        names={
-            "attn_post_norm": "post_attention_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        },
+        names=_AFTER,
         reads="attention_bias",
     ),
     "olmo3": Family(
         "Olmo3ForCausalLM",
         _olmo2,
-        names={
-            "attn_post_norm": "post_attention_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        },
+        names=_AFTER,
         reads="attention_bias sliding_window layer_types",
     ),
     "smollm3": Family(

@@ -76,8 +76,9 @@ def _with_keys_of(i: Any, weights: Tree) -> Tree:
     """One key for all tiles would drop the same elements of each."""
 
     def own(x: Any) -> Any:
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.fold_in(x, i)
-        return x
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x
+        folded = jax.vmap(lambda key: jax.random.fold_in(key, i))(x.reshape(-1))
+        return folded.reshape(x.shape)  # experts have one each
 
     return jax.tree.map(own, weights)

@@ -40,7 +40,19 @@ def test_every_family_has_a_case(made: Any) -> None:
     assert known == {f"{name}Config" for name, _ in CASES.values()}
 
 
+# Each with parts that no other has; the whole rows of all take minutes.
+WHOLE = ("gemma2", "phi4", "qwen2_moe", "gpt_oss", "gpt2", "deepseek_v3")
+
+
 @pytest.mark.parametrize("case", CASES)
+def test_logits_and_files_are_those_of_transformers(case: str, made: Any, tmp_path: Path) -> None:
+    assert rows.logits_error(made(case)) <= rows.BOUNDS["float32"]
+    assert rows.round_trip(made(case), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in WHOLE else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_a_row_is_green(case: str, made: Any, tmp_path: Path) -> None:
     row = rows.measure(made(case), tmp_path)
     assert row.float32 <= rows.BOUNDS["float32"]

@@ -291,3 +291,13 @@ def test_experts_are_encoded_as_they_are_read(tmp_path: Path) -> None:
     assert jax.tree.structure(read) == jax.tree.structure(coded)
     for x, y in zip(jax.tree.leaves(read), jax.tree.leaves(coded), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.5, marks=SLOW)])
+def test_tiles_of_tokens(dropout: float) -> None:
+    model, params = make()
+    params = with_dropout(adapted(params, dropout=dropout), jax.random.key(0))
+    whole = np.asarray(model(params, TOKENS))
+    tiled = np.asarray(replace(model, tile=20)(params, TOKENS))
+    same = np.abs(tiled - whole).max() < 1e-4 * np.abs(whole).max()
+    assert np.isfinite(tiled).all() and same == (dropout == 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mud_puppy.model.arch import Arch
 
@@ -37,17 +37,21 @@ def no_routing(arch: Arch) -> Routing | None:
     return Routing(zeros, zeros, zero, zero)
 
 
-def routing_of(arch: Arch, logits: Float[Array, "B T E"], segment_ids: Any) -> Routing:
-    """The sums of one layer."""
+def routing_of(
+    arch: Arch, logits: Float[Array, "B T E"], chosen: Int[Array, "B T k"], segment_ids: Any
+) -> Routing:
+    """The sums of one layer, of its router's logits and the experts that it chose."""
     assert arch.experts is not None
-    E = arch.experts.count
     real = jnp.ones(logits.shape[:2]) if segment_ids is None else segment_ids > 0
     real = real.astype(jnp.float32)
-    best = jax.lax.top_k(logits, arch.experts.per_token)[1]
-    hits = jax.nn.one_hot(best, E).sum(-2)
-    probs = jax.nn.softmax(logits, axis=-1)
+    hits = jax.nn.one_hot(chosen, arch.experts.count).sum(-2)
+    if arch.experts.score == "sigmoid":  # DeepSeek-V3, arXiv:2412.19437, equation 19
+        scores = jax.nn.sigmoid(logits)
+        probs = scores / scores.sum(-1, keepdims=True)
+    else:
+        probs = jax.nn.softmax(logits, axis=-1)
     return Routing(
-        chosen=jnp.einsum("bte,bt->e", jax.lax.stop_gradient(hits), real),
+        chosen=jnp.einsum("bte,bt->e", hits, real),
         probs=jnp.einsum("bte,bt->e", probs, real),
         z=(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * real).sum(),
         count=real.sum(),

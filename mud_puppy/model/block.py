@@ -17,7 +17,7 @@ from mud_puppy.model.attention import attend
 from mud_puppy.model.context import Cache, Context, write
 from mud_puppy.model.latent import latent_qkv
 from mud_puppy.model.mlp import mlp, module, modules
-from mud_puppy.model.moe import moe
+from mud_puppy.model.moe import Routed, moe
 from mud_puppy.model.norm import layer_norm, norm, rms_norm
 from mud_puppy.model.rope import rotate
 from mud_puppy.model.tile import over_tiles
@@ -28,11 +28,11 @@ Tree = Any
 
 def run_block(
     context: Context, kind: Layer, p: Tree, x: Array, cache: Cache | None, layer: Array
-) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, "B T E"] | None]:
+) -> tuple[Float[Array, "B T D"], Cache | None, Routed | None]:
     """One layer of params p (not stacked); `layer` is its number, which the cache goes by.
 
-    With a tile and no cache, all but attention runs tile after tile. The third result are the
-    router's logits of a layer with experts.
+    With a tile and no cache, all but attention runs tile after tile. The third result is what the
+    router of a layer with experts did.
     """
     arch, p = context.arch, canonical(context.arch, p)
     tiled = partial(over_tiles, context.tile if cache is None else None)
@@ -129,7 +129,7 @@ def _from_attention(
     x: Float[Array, "B T D"],
     out: Float[Array, "B T H hd"],
     mask: Bool[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T E"] | None]:
+) -> tuple[Float[Array, "B T D"], Routed | None]:
     # flash_attention names its residuals "attention" itself.
     y = module(p["self_attn"]["o_proj"], out.reshape(*x.shape[:-1], -1))
     y = norm(arch, p, "attn_post_norm", y)
@@ -143,7 +143,7 @@ def _from_attention(
     return x + _scaled(arch, norm(arch, p, "mlp_post_norm", z)), routed
 
 
-def _inner(arch: Arch, p: Tree, x: Array, mask: Any) -> tuple[Array, Array | None]:
+def _inner(arch: Arch, p: Tree, x: Array, mask: Any) -> tuple[Array, Routed | None]:
     return moe(arch, p, x, mask) if "router" in p else (mlp(arch, p, x), None)
 
 

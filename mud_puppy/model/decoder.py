@@ -136,7 +136,7 @@ def _period(
     for j, (p, kind) in enumerate(zip(blocks, kinds, strict=True)):
         x, cache, routed = run_block(context, kind, p, x, cache, layer + j)
         if routed is not None:
-            own = routing_of(context.arch, routed, context.segment_ids)
+            own = routing_of(context.arch, *routed, context.segment_ids)
             total = jax.tree.map(jnp.add, total, own)
     return x, cache, total
 

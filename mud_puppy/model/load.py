@@ -4,6 +4,7 @@ Names, shapes and dtypes are checked before the first byte is read. Each leaf is
 host buffers of its shards (`read.py`), so that the peak is the model and one block of rows.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -134,7 +135,9 @@ def abstract(
     """
     check_dtype(dtype)
     if not isinstance(source, str | Path):
-        model, shapes = build(_read_arch(to_config(source), "config"))
+        config = to_config(copy.deepcopy(source))
+        take_config(config)
+        model, shapes = build(_read_arch(config, "config"))
     else:
         path = find_model(source, weights=False, code=trust_remote_code)
         config = open_gguf(path)[0] if path.is_file() else read_config_file(path, trust_remote_code)

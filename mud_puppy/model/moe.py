@@ -18,12 +18,13 @@ from mud_puppy.parallel import BATCH
 from mud_puppy.weights.experts import expert_linear, observed, own_dropout
 
 Tree = Any
+Routed = tuple[Float[Array, "B T E"], Int[Array, "B T k"]]
 
 
 def moe(
     arch: Arch, p: Tree, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T E"]]:
-    """The experts' output, and the router's logits in float32, from which its losses are made.
+) -> tuple[Float[Array, "B T D"], Routed]:
+    """The experts' output; the router's logits in float32 and its choice, for losses and metrics.
 
     mask: tokens that are no padding, which no expert is given.
     """
@@ -39,7 +40,7 @@ def moe(
         if "shared_expert_gate" in p:
             shared = jax.nn.sigmoid(module(p["shared_expert_gate"], x)) * shared
         y = y + shared
-    return y, logits
+    return y, (logits, chosen)
 
 
 def router_logits(p: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:

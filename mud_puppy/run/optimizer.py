@@ -60,7 +60,9 @@ def _clip_rms() -> optax.GradientTransformation:
     """Adafactor's clipping (1804.04235, 5): no matrix moves by more than 1 in the mean square."""
 
     def clip(path: tuple, u: jax.Array) -> jax.Array:
-        own = tuple(range("layers" in _names(path), u.ndim))
+        # Each layer's, and each expert's.
+        first = max(1, u.ndim - 2) if "layers" in _names(path) else 0
+        own = tuple(range(first, u.ndim))
         rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=own, keepdims=True))
         return u / jnp.maximum(1.0, rms)
 
@@ -87,9 +89,10 @@ def _muon(train: Tree) -> optax.GradientTransformation:
 
 
 def _is_stack_of_matrices(path: tuple, x: Any) -> bool:
-    """Not so the learned ranges of a `FakeQuant`, [n, out, groups]."""
+    """[n, out, in], or [n, E, out, in] of experts; not so learned ranges [n, out, groups], experts'
+    biases [n, E, out] and norms of each head."""
     names = _names(path)
-    return "layers" in names and x.ndim == 3 and names[-1] != "range"
+    return "layers" in names and x.ndim >= 3 and names[-1] in ("weight", "a", "b", "base")
 
 
 def _like_adam(update: jax.Array) -> jax.Array:
@@ -109,7 +112,7 @@ def _scale_b(ratio: float) -> optax.GradientTransformation:
 
 def _decayed(path: tuple, leaf: Any) -> bool:
     name = _names(path)[-1]
-    return not (name.endswith("norm") or name in ("bias", "range"))
+    return not (name.endswith(("norm", "bias")) or name == "range")
 
 
 def _names(path: tuple) -> list[str]:

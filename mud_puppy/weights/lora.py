@@ -19,6 +19,7 @@ from jaxtyping import Array, PRNGKeyArray
 from mud_puppy.errors import UserError, nearest
 from mud_puppy.weights.leaf import FakeQuant, Lora, base_of, is_weight
 from mud_puppy.weights.linear import dense
+from mud_puppy.weights.peft_names import ours
 from mud_puppy.weights.tree import Tree, is_expert, map_modules, module_names
 
 ALL_LINEAR = "all-linear"
@@ -72,7 +73,7 @@ def match_targets(
     if targets == ALL_LINEAR:
         return frozenset(name for name in names if ".layers." in name)
     targets = [targets] if isinstance(targets, str) else list(targets)
-    hits = {target: [n for n in names if _matches(n, target, of)] for target in targets}
+    hits = {target: [n for n in names if _selects(target, n, of)] for target in targets}
     if missing := [target for target, found in hits.items() if not found]:
         known = sorted({name.split(".")[-1] for name in names})
         if "lm_head" in missing and "lm_head" not in known:
@@ -90,6 +91,14 @@ def match_targets(
             f"{of} target 'embed_tokens': this model's embedding is tied to its head; leave it out"
         )
     return chosen
+
+
+def _selects(target: str, name: str, of: str) -> bool:
+    """Whether a target means the module: by our name or by HF's in its family ("transformer.h.0.
+    attn.c_attn"), an expert's also without its number, as PEFT's `target_parameters` say it."""
+    of_all = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+    known = {target, ours(target)}
+    return any(_matches(n, t, of) for t in known for n in {name, of_all})
 
 
 def _check_experts(names: list[str], chosen: frozenset[str], of: str) -> None:

@@ -112,7 +112,7 @@ def test_the_comparison_fails_when_padding_counts(mixtral: Any, monkeypatch: Any
     folder, aux, wanted = mixtral
     from mud_puppy.model import decoder
 
-    monkeypatch.setattr(decoder, "routing_of", lambda a, x, s: balance.routing_of(a, x, None))
+    monkeypatch.setattr(decoder, "routing_of", lambda a, x, c, s: balance.routing_of(a, x, c, None))
     metrics, model, grads = gradients(folder, {"load_balance": COEFFICIENT})
     total, count = metrics["load_balance"]
     assert abs(total / count - aux) > 1e-3 and compare(model, grads, wanted) > 1e-3
@@ -121,11 +121,12 @@ def test_the_comparison_fails_when_padding_counts(mixtral: Any, monkeypatch: Any
 def test_values_by_hand() -> None:
     model, _ = ours("mixtral")
     even = jnp.zeros((1, 8, 4))
-    sums = router_losses(routing_of(model.arch, even, None))
+    both = jnp.broadcast_to(jnp.arange(2), (1, 8, 2))
+    sums = router_losses(routing_of(model.arch, even, both, None))
     assert float(sums["load_balance"][0] / 8) == pytest.approx(2)  # k = 2 experts, evenly
     assert float(sums["router_z"][0] / 8) == pytest.approx(np.log(4) ** 2)
     one = even.at[..., :2].set(50.0)
-    sums = router_losses(routing_of(model.arch, one, None))
+    sums = router_losses(routing_of(model.arch, one, both, None))
     assert float(sums["load_balance"][0] / 8) == pytest.approx(4)  # all tokens to two of four
     assert router_losses(None) == {}
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import torch
 from transformers.optimization import Adafactor
 
@@ -26,6 +27,16 @@ def test_norms_and_biases_do_not_decay():
     assert float(jnp.abs(moved["final_norm"]).max()) == 0
     assert float(jnp.abs(moved["x"]["bias"]).max()) == 0
     np.testing.assert_allclose(moved["x"]["weight"], -0.05, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["attn_norm_bias", "final_norm_bias", "router_bias", "choice_bias", "q_a_layernorm"]
+)
+def test_other_biases_do_not_decay_either(name):
+    x = {"layers": [[{name: jnp.ones((2, 4)), "router": jnp.ones((2, 4, 4))}]]}
+    zeros = jax.tree.map(jnp.zeros_like, x)
+    (moved,) = update("adamw", x, zeros, weight_decay=0.5)["layers"][0]
+    assert not np.any(moved[name]) and np.all(moved["router"] != 0)
 
 
 def test_adamw_is_torchs():
@@ -94,3 +105,26 @@ def test_muon_orthogonalises_each_layer_alone():
     np.testing.assert_allclose(stacked[1], alone[0], rtol=1e-4, atol=1e-5)
     singular = np.linalg.svd(np.asarray(stacked[1]), compute_uv=False)
     assert singular.max() / singular.min() < 2.5
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_each_expert_is_a_matrix_and_its_bias_is_none(name):
+    """[n, E, out, in] as n E matrices; biases [n, E, out] and norms of each head [n, H, hd] not."""
+    rng = np.random.default_rng(0)
+    w, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3, 8, 6), (2, 3, 8)))
+
+    def tree(w, b):
+        return {"layers": [[{"experts": {"weight": w, "bias": b}, "q_norm": b}]]}
+
+    def moved(w, b):
+        return update(name, tree(w, b), tree(10 * w, b))["layers"][0][0]
+
+    ours = moved(w, b)
+    flat = moved(w.reshape(6, 8, 6), b)["experts"]["weight"].reshape(w.shape)
+    if name == "muon":
+        np.testing.assert_allclose(ours["experts"]["weight"], flat, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(np.abs(ours["experts"]["bias"]), RATE(0), rtol=1e-3)
+        np.testing.assert_allclose(np.abs(ours["q_norm"]), RATE(0), rtol=1e-3)
+    else:
+        rms = np.sqrt(np.mean(np.square(ours["experts"]["weight"]), axis=(2, 3)))
+        assert (rms <= 1.001 * RATE(0)).all()

@@ -263,3 +263,19 @@ def test_magnitudes_are_made_without_a_float32_copy() -> None:
     w = jax.ShapeDtypeStruct((4, 256, 256), jnp.bfloat16)
     plan = lora._row_norms.lower(w).compile().memory_analysis()
     assert plan is not None and plan.temp_size_in_bytes < 4 * 256 * 256
+
+
+def test_targets_may_be_what_the_family_or_peft_calls_them() -> None:
+    names = [f"model.layers.{i}.attn.{m}" for i in range(2) for m in ("c_attn", "c_proj")]
+    experts = [f"model.layers.0.mlp.experts.{e}.gate_proj" for e in range(3)]
+    top = ["model.embed_tokens", "lm_head"]
+
+    def chosen(*targets: str) -> list[str]:
+        return sorted(match_targets([*top, *names, *experts], list(targets)))
+
+    assert chosen("transformer.h.1.attn.c_attn") == ["model.layers.1.attn.c_attn"]
+    assert chosen("gpt_neox.layers.0.attn.c_proj") == ["model.layers.0.attn.c_proj"]
+    assert chosen("wte", "embed_out") == sorted(top)
+    assert chosen("mlp.experts.gate_proj") == experts
+    with pytest.raises(UserError, match="matches no module"):
+        chosen("transformer.h.2.attn.c_attn")

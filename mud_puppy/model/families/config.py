@@ -9,13 +9,13 @@ import logging
 from typing import Any
 
 from mud_puppy.errors import UserError
-from mud_puppy.model.arch import Arch
+from mud_puppy.model.arch import Arch, Experts
 from mud_puppy.model.families.layers import read_layers
 from mud_puppy.model.families.tables import FAMILIES
 
 log = logging.getLogger("mud_puppy")
 
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "relu")
 
 
 def read_config(config: Any) -> Arch:
@@ -63,7 +63,28 @@ def read_config(config: Any) -> Arch:
         "init_std": config.initializer_range,
         "config": json.dumps(fields, sort_keys=True, default=str),
     }
-    return Arch(**(known | family.arch(config, kinds)))
+    arch = Arch(**(known | family.arch(config, kinds)))
+    if arch.experts is not None:
+        _check_experts(arch.experts)
+    return arch
+
+
+def _check_experts(e: Experts) -> None:
+    """UserError for numbers of experts that no token can be given."""
+    each = e.count // max(e.groups, 1)
+    for fits, what in (
+        (e.count >= 1 and e.size >= 1, f"{e.count} experts of {e.size} units"),
+        (1 <= e.per_token <= e.count, f"{e.per_token} experts a token of {e.count}"),
+        (e.groups >= 1 and e.count % e.groups == 0, f"{e.groups} groups of {e.count} experts"),
+        (1 <= e.groups_per_token <= e.groups, f"{e.groups_per_token} of {e.groups} groups a token"),
+        (e.per_token <= e.groups_per_token * each, f"{e.per_token} experts a token of {each} each"),
+        (
+            not e.group_pairs or e.groups == 1 or each >= 2,
+            f"groups of {each} ranked by their two best",
+        ),
+    ):
+        if not fits:
+            raise UserError(f"config: {what}: no such mixture can be computed")
 
 
 _SIZES = (
@@ -85,9 +106,28 @@ _HARMLESS = (
     "output_hidden_states return_dict torchscript chunk_size_feed_forward "
     "is_encoder_decoder tokenizer_class task_specific_params finetuning_task prefix "
     "unsloth_fixed unsloth_version is_llama_config transformers.js_config auto_map "
-    "_attn_implementation_autoset model_max_length cache_implementation output_router_logits "
-    "router_aux_loss_coef router_z_loss_coef"
+    "_num_labels max_sequence_length _attn_implementation_autoset model_max_length "
+    "cache_implementation output_router_logits router_aux_loss_coef router_z_loss_coef"
 ).split()
+# Fields of hub repositories that transformers does not read, at the values that mean what it does.
+_ONLY: dict[str, dict[str, tuple]] = {
+    "phi3": {"full_attn_mod": (1,), "interpolate_factor": (1,)},
+    "starcoder2": {"mlp_type": ("default",), "norm_type": ("layer_norm",)},
+    "qwen3_moe": {"use_qk_norm": (True,), "shared_expert_intermediate_size": (0,)},
+    "cohere2": {
+        "layer_switch": (4,),
+        "order_of_interleaved_layers": ("local_attn_first",),
+        "position_embedding_type": ("rope_gptj",),
+        "rotary_pct": (1.0,),
+        "use_embedding_sharing": (True,),
+        "use_gated_activation": (True,),
+        "use_parallel_block": (True,),
+        "use_parallel_embedding": (True,),
+    },
+    "gpt2": {"n_special": (0,), "predict_special_tokens": (True,), "output_past": (True,)},
+    "gpt_neox": {"attention_probs_dropout_prob": (0,), "hidden_dropout_prob": (0,)},
+    "stablelm": {"rotary_scaling_factor": (1.0,)},
+}
 # Dropout of pretraining; ours is the adapter's own.
 _DROPOUTS = (
     "attention_dropout attn_pdrop resid_pdrop embd_pdrop summary_first_dropout hidden_dropout "
@@ -105,6 +145,7 @@ def _refuse_unread(config: Any, reads: tuple[str, ...]) -> None:
         key: value
         for key, value in fields.items()
         if key not in known
+        and value not in _ONLY.get(config.model_type, {}).get(key, ())
         and not (key in default and default[key] == value)
         and value is not None
         and value is not False

@@ -87,7 +87,8 @@ def gpt_oss(config: Any, layers: Layers) -> Fields:
         ),
         "kinds": with_experts(layers, [True] * len(layers)),
         "sinks": True,
-        "act_limit": float(config.swiglu_limit),
+        # A transformers before 5.20 has no such field and this value.
+        "act_limit": float(config.to_dict().get("swiglu_limit", 7.0)),
         "biases": (*attention, "router", "gate_up_proj", "down_proj"),
     }
 
@@ -159,6 +160,8 @@ def _deepseek(config: Any, layers: Layers, experts: Experts) -> Fields:
 def _sparse_steps(config: Any, layers: Layers) -> Layers:
     """Every decoder_sparse_step-th layer has experts, but for mlp_only_layers."""
     step, dense = config.decoder_sparse_step, config.mlp_only_layers or ()
+    if step < 1:
+        raise UserError(f"config: decoder_sparse_step must be at least 1, not {step}")
     sparse = [i not in dense and (i + 1) % step == 0 for i in range(len(layers))]
     return with_experts(layers, sparse)
 

@@ -101,8 +101,8 @@ def offload() -> Result:
     r = np.random.default_rng(0)
     w, x = (jnp.asarray(r.normal(size=s) / 8, jnp.float32) for s in ((3, 64, 64), (2, 16, 64)))
 
-    def layers(blocks: Any, x: Any, cache: None, layer: Any) -> tuple[Any, None]:
-        return jnp.tanh(x @ blocks[0]["w"]), cache
+    def layers(blocks: Any, x: Any, cache: None, layer: Any) -> tuple[Any, None, None]:
+        return jnp.tanh(x @ blocks[0]["w"]), cache, None
 
     def loss(w: Any, remat: str) -> Any:
         return (scan_layers(layers, [{"w": w}], x, None, 0, remat)[0] ** 2).sum()

@@ -75,6 +75,9 @@ def test_the_verb(chat_model, chats, tmp_path, capsys):
     kl = [float(line.split("KL ")[1].split(",")[0]) for line in lines]
     assert kl[0] == 0 and 0 < kl[1] < kl[2]
     assert lines[0].split(", ")[-1] == lines[3].split(", ")[-1]
-    for against, words in {"nf4,int5": "int5: not a folder here", "mxfp4": "--group: is"}.items():
+    for against, words in {
+        "nf4,int5": "int5: neither a folder here",
+        "mxfp4": "--group: is",
+    }.items():
         assert main([*run, "--against", against]) == 2
         assert words in capsys.readouterr().err

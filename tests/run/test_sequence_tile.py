@@ -12,7 +12,7 @@ import pytest
 import mud_puppy as mp
 from mud_puppy.config import Config
 from mud_puppy.errors import UserError
-from mud_puppy.model import axes, decoder, tile
+from mud_puppy.model import axes, block, tile
 from mud_puppy.parallel import make_mesh, shardings
 from mud_puppy.run.prepare import prepare
 from mud_puppy.weights import add_lora
@@ -90,7 +90,7 @@ def test_a_run_in_tiles_is_the_run(config, monkeypatch):
         seen.append(size)
         return tile.over_tiles(size, *rest)
 
-    monkeypatch.setattr(decoder, "over_tiles", noted)
+    monkeypatch.setattr(block, "over_tiles", noted)
     keys = config | {"max_steps": 2, "method": "lora", "overwrite": True}
     losses = []
     for more in ({}, {"sequence_tile": 32, "gradient_checkpointing": "offload"}):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mud_puppy.config import DTYPES, Config
 from mud_puppy.errors import UserError
 from mud_puppy.export import check_codes, save_hf, save_merged, save_quantized
-from mud_puppy.model import Model, abstract, load
+from mud_puppy.model import Model, abstract, load, load_tokenizer
 from mud_puppy.model.load import check_dtype
 from mud_puppy.model.names import hf_names
 from mud_puppy.model.save import write_tokenizer
@@ -57,28 +57,37 @@ def merge_adapter(
     output: str | Path,
     dtype: str | None = "bfloat16",
     scheme: Scheme | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Base model + PEFT adapter -> one HF folder. The base is read in the dtype it is stored in.
 
     scheme: codes that the merged model is stored in, from sums in bfloat16, instead of `dtype`.
     """
     check_dtype(dtype)
+    tokenizer = _own_tokenizer(model_source, trust_remote_code)
+    read = partial(load, model_source, dtype=None, trust_remote_code=trust_remote_code)
     if scheme is None:
-        model, params = load(model_source, dtype=None)
-        save_merged(model, load_adapter(params, adapter_dir), output, dtype)
+        model, params = read()
+        save_merged(model, load_adapter(params, adapter_dir), output, dtype, tokenizer)
         return
     merged = partial(merge_quantized, scheme=scheme, dtype="bfloat16")
-    check_codes(*abstract(model_source), merged)
-    model, params = load(model_source, dtype=None)
-    save_quantized(model, merged(load_adapter(params, adapter_dir)), output)
+    check_codes(*abstract(model_source, trust_remote_code=trust_remote_code), merged)
+    model, params = read()
+    codes = merged(load_adapter(params, adapter_dir))
+    save_quantized(model, codes, output, tokenizer=tokenizer)
 
 
 def quantize_model(
-    source: str | Path, output: str | Path, scheme: Scheme, dtype: str = "bfloat16"
+    source: str | Path,
+    output: str | Path,
+    scheme: Scheme,
+    dtype: str = "bfloat16",
+    trust_remote_code: bool = False,
 ) -> None:
     """A model -> a folder of it in codes. Each tensor is encoded as it is read; dtype: of what
     stays in floats. What cannot be encoded or written is a UserError before weights are read."""
-    shaped, shapes = abstract(source)
+    shaped, shapes = abstract(source, trust_remote_code=trust_remote_code)
+    tokenizer = _own_tokenizer(source, trust_remote_code)
     check_codes(shaped, shapes, lambda p: quantize(p, **asdict(scheme)))
     encode, names = quantizer(scheme), hf_names(shaped.arch, shapes)
     with tqdm(total=sum(map(len, names.values())), unit="tensor", disable=None) as bar:
@@ -87,8 +96,15 @@ def quantize_model(
             bar.update()
             return encode(path, array)
 
-        model, params = load(source, dtype=dtype, on_leaf=on_leaf)
-    save_quantized(model, params, output, dtype)
+        model, params = load(
+            source, dtype=dtype, on_leaf=on_leaf, trust_remote_code=trust_remote_code
+        )
+    save_quantized(model, params, output, dtype, tokenizer)
+
+
+def _own_tokenizer(source: str | Path, trust_remote_code: bool) -> Any:
+    """The tokenizer that is Python of the model's own; None: the tokenizer's files are copied."""
+    return load_tokenizer(source, trust_remote_code=True) if trust_remote_code else None
 
 
 def export_run(

@@ -14,9 +14,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import gc
 import json
 import logging
+from pathlib import Path
 
+import jax
 import pytest
 
 # What tests share there says as much of a failed assertion as they do.
@@ -91,6 +94,20 @@ def config(chat_model, chats, tmp_path):
         "sample_prompts": 0,
         "mesh": "data=1,fsdp=1",
     }
+
+
+MAPPINGS = 20_000  # of the 65,530 that Linux gives a process
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Every executable takes some of the process's memory mappings, and LLVM crashes where none is
+    left: they are let go in time."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -291,7 +291,7 @@ def test_merge_and_export_call_their_room(monkeypatch, capsys, tmp_path):
     named = ["export", "run/checkpoint-9/", "--output", exported]
     assert cli.main(named) == 0
     assert calls == [
-        ("m", "a", tmp_path / "merged", "float32", None),
+        ("m", "a", tmp_path / "merged", "float32", None, False),
         ("run", Path(exported), {"step": 7, "merge": True}),
         ("run", Path(exported), {"step": 9, "merge": False}),
     ]
@@ -323,7 +323,7 @@ def test_generate(opened, monkeypatch, capsys):
     argv = ["generate", "m", "--adapter", "a", "--prompt", "x, y", "--prompt", "z", "--precision"]
     assert cli.main([*argv, "fp32", "--temperature", "0.5", "--no-chat-template"]) == 0
     assert capsys.readouterr().out == "one\ntwo\n"
-    assert opened == [(("m",), {"dtype": "float32"}), ("P", "a")]
+    assert opened == [(("m", "float32"), {"trust_remote_code": False}), ("P", "a")]
     settings = {"max_new_tokens": 256, "temperature": 0.5, "top_k": 0, "top_p": 1.0, "seed": 0}
     assert calls == [("M", "P+A", "T", ("x, y", "z"), settings | {"chat": False})]
 

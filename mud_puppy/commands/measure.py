@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from mud_puppy.config.keys import DTYPES, MODEL, Config, Precision
+from mud_puppy.config.keys import DTYPES, MODEL, REMOTE_CODE, Config, Precision
 from mud_puppy.config.schema import AT_LEAST_1, AT_LEAST_2, REQUIRED, key
 from mud_puppy.errors import UserError
 
@@ -24,9 +24,7 @@ class Preview:
     train_on_prompt: bool = _flag(False, "train on every token, not on the answers only")
     roles_to_train: tuple[str, ...] = _flag(("assistant",), "roles that are trained on")
     on_bad_rows: Literal["stop", "skip"] = _flag("stop", "what to do with a row that is not valid")
-    trust_remote_code: bool = _flag(
-        False, "run the Python of the model's folder for config and tokenizer"
-    )
+    trust_remote_code: bool = _flag(False, REMOTE_CODE)
 
 
 def run_preview(args: Preview) -> None:
@@ -69,6 +67,7 @@ class Eval:
     max_seq_length: int = _flag(1024, "longest example in tokens", AT_LEAST_2)
     batch_size: int = _flag(4, "rows that are read at a time", AT_LEAST_1)
     train_on_prompt: bool = _flag(False, "measure every token, not the answers only")
+    trust_remote_code: bool = _flag(False, REMOTE_CODE)
 
 
 def run_eval(args: Eval) -> None:
@@ -82,17 +81,17 @@ def run_eval(args: Eval) -> None:
     from mud_puppy.run.datasets import eval_data
     from mud_puppy.weights.quantize import FORMATS, GROUPED
 
-    dtype = DTYPES[args.precision]
+    dtype, trusted = DTYPES[args.precision], args.trust_remote_code
     keys = "model dataset precision max_seq_length batch_size train_on_prompt".split()
     config = Config.load({key: getattr(args, key) for key in keys} | {"output": "none"})
-    shaped, shapes = mp.abstract(args.model)
+    shaped, shapes = mp.abstract(args.model, trust_remote_code=trusted)
     if args.group is not None and not set(args.against) & set(GROUPED):
         raise UserError(f"--group: is of the formats {', '.join(GROUPED)}; --against names none")
 
     def encoded(format: str, params: Any) -> Any:
         return mp.quantize(params, format, group=args.group if format in GROUPED else None)
 
-    stored = stored_codes(args.model)
+    stored = stored_codes(args.model, trusted)
     folders = [name for name in args.against if name not in FORMATS]
     for name in args.against:
         if name not in folders and stored is not None:
@@ -106,8 +105,8 @@ def run_eval(args: Eval) -> None:
         ours, theirs = shaped.arch, mp.abstract(name)[0].arch
         if (ours.sizes, ours.layers) != (theirs.sizes, theirs.layers):
             raise UserError(f"--against: {name} is another model than {args.model}")
-    held = eval_data(config, shaped, mp.load_tokenizer(args.model))
-    model, params = mp.load(args.model, dtype=dtype)
+    held = eval_data(config, shaped, mp.load_tokenizer(args.model, trusted))
+    model, params = mp.load(args.model, dtype=dtype, trust_remote_code=trusted)
 
     def line(name: str, other: Any) -> None:
         steps = tqdm(range(held.steps_per_epoch), name, leave=False, disable=None)

@@ -9,6 +9,7 @@ from mud_puppy.config.keys import (
     GPTQ_BITS,
     GPTQ_GROUP,
     MODEL,
+    REMOTE_CODE,
     ROW,
     Backend,
     Config,
@@ -42,6 +43,7 @@ class Quantize:
     precision: Precision = _flag(
         "bf16", "type of the weights that are not in codes (gptq: and what the model computes in)"
     )
+    trust_remote_code: bool = _flag(False, REMOTE_CODE)
     dataset: str | None = _gptq(None, "text or chat file, or hub data set, to observe; required")
     samples: int | None = _gptq(None, "rows that are observed; null: 128", AT_LEAST_1)
     max_seq_length: int | None = _gptq(None, "tokens of a row; null: 2048", AT_LEAST_2)
@@ -76,7 +78,8 @@ def run_quantize(args: Quantize) -> None:
 
     eight = "int8" if args.embeddings else None
     scheme = Scheme(args.to, args.group, double=args.double, embed=eight, head=eight)
-    quantize_model(args.model, folder, scheme, DTYPES[args.precision])
+    dtype, trusted = DTYPES[args.precision], args.trust_remote_code
+    quantize_model(args.model, folder, scheme, dtype, trusted)
     print(f"quantized model: {args.output}")
 
 
@@ -96,7 +99,9 @@ def _run_gptq(args: Quantize) -> None:
         raise UserError("dataset is missing: --to gptq observes the model on it; give --dataset.")
     keys = {"gptq_group_size": args.group, "mesh": "data=1,fsdp=1"}
     keys |= {key: getattr(args, name) for name, key in _GPTQ_ONLY.items()}
-    fixed = {key: getattr(args, key) for key in ("model", "output", "precision")}
+    fixed = {
+        key: getattr(args, key) for key in ("model", "output", "precision", "trust_remote_code")
+    }
     given = {key: value for key, value in keys.items() if value is not None}
     config = Config.load(fixed | given | {"method": "gptq"})
     folder = writable(args.output) if config.resume else empty(args.output, _RESUME)

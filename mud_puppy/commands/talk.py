@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mud_puppy.config.keys import DTYPES, MODEL, Precision
+from mud_puppy.config.keys import DTYPES, MODEL, REMOTE_CODE, Precision
 from mud_puppy.config.schema import AT_LEAST_1, NOT_NEGATIVE, REQUIRED, Limit, Parser, key, texts
 
 _flag = partial(key, "flags")
@@ -24,6 +24,7 @@ class Talk:
     top_k: int = _flag(0, "sample from this many likeliest tokens; 0: from all", NOT_NEGATIVE)
     top_p: float = _flag(1.0, "sample from the likeliest tokens of this total probability", _TOP_P)
     seed: int = _flag(0, "seed of the sampling", NOT_NEGATIVE)
+    trust_remote_code: bool = _flag(False, REMOTE_CODE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,8 @@ def _open(args: Talk) -> tuple[Any, Any, Any]:
     """(model, params, tokenizer), with the adapter if one is named."""
     import mud_puppy as mp
 
-    model, params = mp.load(args.model, dtype=DTYPES[args.precision])
+    trusted = args.trust_remote_code
+    model, params = mp.load(args.model, DTYPES[args.precision], trust_remote_code=trusted)
     if args.adapter is not None:
         params = mp.load_adapter(params, args.adapter)
-    return model, params, mp.load_tokenizer(args.model)
+    return model, params, mp.load_tokenizer(args.model, trusted)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mud_puppy.config.keys import DTYPES, MODEL, Stored
+from mud_puppy.config.keys import DTYPES, MODEL, REMOTE_CODE, Stored
 from mud_puppy.config.output import empty
 from mud_puppy.config.schema import AT_LEAST_1, REQUIRED, key
 from mud_puppy.errors import UserError
@@ -23,6 +23,7 @@ class Merge:
     merge_precision: Stored | None = _flag(
         None, "type or format of the merged weights; null: as the model's are stored"
     )
+    trust_remote_code: bool = _flag(False, REMOTE_CODE)
 
 
 def run_merge(args: Merge) -> None:
@@ -33,7 +34,8 @@ def run_merge(args: Merge) -> None:
 
     how = args.merge_precision
     scheme = None if how is None or how in DTYPES else Scheme(how)
-    merge_adapter(args.model, args.adapter, folder, how and DTYPES.get(how), scheme)
+    dtype, trusted = how and DTYPES.get(how), args.trust_remote_code
+    merge_adapter(args.model, args.adapter, folder, dtype, scheme, trusted)
     print(f"merged model: {args.output}")
 
 

@@ -54,6 +54,7 @@ DTYPES = {
 MESH_AXES = ("data", "fsdp")
 FULL_LEARNING_RATE = 2e-5
 MODEL = "model folder, GGUF file or hub id (org/name, or org/name@revision)"
+REMOTE_CODE = "run the Python of the model's folder for config and tokenizer"
 ROW = -1  # gptq_group_size: one group, the whole row, as quantize_config.json says it
 
 _TRAINS = Need("a method other than gptq", lambda c: c.method != "gptq")
@@ -226,9 +227,7 @@ class Config:
         0, "threads that make batches ahead of the step", NOT_NEGATIVE, needs=_TRAINS
     )
     preprocess_workers: int = _data(1, "processes that tokenize", AT_LEAST_1)
-    trust_remote_code: bool = _data(
-        False, "run the Python of the model's folder for config and tokenizer"
-    )
+    trust_remote_code: bool = _data(False, REMOTE_CODE)
 
     batch_size: int = _train(
         4,

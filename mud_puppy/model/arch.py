@@ -172,6 +172,7 @@ class Arch:
             own = self.latent
             sizes |= {
                 "q_rank": own.q_rank or 0,
+                "q_latent": own.q_rank or 0,
                 "kv_rank": own.kv_rank,
                 "kv_rank_rotated": own.kv_rank + own.rotated,
                 "keys_values": self.heads * (own.nope + own.value),

@@ -5,6 +5,7 @@ host buffers of its shards (`read.py`), so that the peak is the model and one bl
 """
 
 import copy
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mud_puppy.errors import UserError, nearest
 from mud_puppy.model.arch import Arch
-from mud_puppy.model.families import Row, ignored, read_config, rows
+from mud_puppy.model.families import Row, is_buffer, is_left_out, read_config, rows
 from mud_puppy.model.files import find_model, open_tensors
 from mud_puppy.model.gguf import open_gguf
 from mud_puppy.model.gguf_codes import GgufCodes, say_decoded
@@ -28,6 +29,8 @@ from mud_puppy.model.read import blocks, read_leaf
 from mud_puppy.model.tensors import DTYPES, Stored, check_float
 from mud_puppy.parallel import shardings
 from mud_puppy.weights.tree import stack
+
+log = logging.getLogger("mud_puppy")
 
 Tree = Any
 Tensors = dict[str, Stored]
@@ -137,7 +140,7 @@ def abstract(
     if not isinstance(source, str | Path):
         config = to_config(copy.deepcopy(source))
         take_config(config)
-        model, shapes = build(_read_arch(config, "config"))
+        model, shapes = build(read_config(config))
     else:
         path = find_model(source, weights=False, code=trust_remote_code)
         config = open_gguf(path)[0] if path.is_file() else read_config_file(path, trust_remote_code)
@@ -168,7 +171,7 @@ def _lasting(source: str | Path) -> str:
     return str(path.absolute()) if path.exists() else str(source)
 
 
-def _read_arch(config: Any, where: Path | str) -> Arch:
+def _read_arch(config: Any, where: Path) -> Arch:
     try:
         return read_config(config)
     except UserError as error:
@@ -229,7 +232,10 @@ def _check(
                 )
     used = {name for group in names.values() for name in group if name not in coded}
     used |= {part for parts in coded.values() for part in parts}
-    unread = [name for name in tensors if name not in used and not ignored(arch, name)]
+    unread = [name for name in tensors if name not in used and not is_buffer(name)]
+    if left_out := [name for name in unread if is_left_out(arch, name)]:
+        log.warning("%s: %d tensors are not read, as '%s'", where, len(left_out), left_out[0])
+        unread = [name for name in unread if name not in left_out]
     head = f"{arch.modules[2]}.weight"
     if arch.tied and head in unread:
         _check_tied(tensors[head], tensors[names["embed"][0]], where)

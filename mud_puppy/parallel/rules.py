@@ -36,6 +36,7 @@ RULES: dict[str, str | None] = {
     "expert_gate_up": None,
     "shared_mlp": None,
     "q_rank": None,
+    "q_latent": "fsdp",
     "kv_rank": "fsdp",
     "kv_rank_rotated": None,
     "keys_values": None,

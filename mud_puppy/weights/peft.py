@@ -170,6 +170,18 @@ def _part(
     out_dim, in_dim = shape[::-1] if embedding else shape
     expected = {kinds[0]: (rank, in_dim), kinds[1]: (out_dim, rank)}
     expected |= {MAGNITUDE: (out_dim,)} if dora else {}
+    _check_shapes(folder, name, tensors, expected)
+    if extra := set(tensors) - set(expected) - set(_BASE_KINDS):
+        raise UserError(f"{folder}: tensor '{PREFIX}{name}.{min(extra)}' has no use here")
+    a, b, *magnitude = (tensors[kind].astype(np.float32) for kind in expected)
+    a, b = (b.T, a.T) if embedding else (a, b)
+    base = next((tensors[kind] for kind in _BASE_KINDS if kind in tensors), None)
+    return Part(a, b, _scale(config, rank, alpha), magnitude[0] if magnitude else None, base)
+
+
+def _check_shapes(
+    folder: Path, name: str, tensors: dict[str, np.ndarray], expected: dict[str, tuple[int, ...]]
+) -> None:
     for kind, size in expected.items():
         found = tensors[kind].shape if kind in tensors else "missing"
         if found != size:
@@ -177,12 +189,6 @@ def _part(
                 f"{folder}: tensor '{PREFIX}{name}.{kind}' is {found}; "
                 f"the adapter's config and the base model say {size}"
             )
-    if extra := set(tensors) - set(expected) - set(_BASE_KINDS):
-        raise UserError(f"{folder}: tensor '{PREFIX}{name}.{min(extra)}' has no use here")
-    a, b, *magnitude = (tensors[kind].astype(np.float32) for kind in expected)
-    a, b = (b.T, a.T) if embedding else (a, b)
-    base = next((tensors[kind] for kind in _BASE_KINDS if kind in tensors), None)
-    return Part(a, b, _scale(config, rank, alpha), magnitude[0] if magnitude else None, base)
 
 
 def _experts(
@@ -207,13 +213,8 @@ def _experts(
     sizes = [shapes[module] for module in experts[0]]
     rows, inputs = sum(out for out, _ in sizes), sizes[0][1]
     total = rank * len(experts)
-    for kind, size in zip(LINEAR_KINDS, ((total, inputs), (rows, total)), strict=True):
-        found = tensors[kind].shape if kind in tensors else "missing"
-        if found != size:
-            raise UserError(
-                f"{folder}: tensor '{PREFIX}{name}.{kind}' is {found}; the adapter's config and "
-                f"the base model say {size}"
-            )
+    sides = (total, inputs), (rows, total)
+    _check_shapes(folder, name, tensors, dict(zip(LINEAR_KINDS, sides, strict=True)))
     a, b = (tensors[kind].astype(np.float32) for kind in LINEAR_KINDS)
     scale, ends = _scale(config, rank, alpha), np.cumsum([out for out, _ in sizes])[:-1]
     return {

@@ -209,6 +209,9 @@ def test_a_file_like_llama_cpps_q4_k_m(write: Callable[..., Path], caplog: Any) 
     six = ("embed", "head", "0.self_attn.v_proj", "0.mlp.down_proj")
     path = file_of(write, dict.fromkeys(six, Kind.Q6_K) | {"": Kind.Q4_K}, wide=True)
     model, floats = mp.load(path, dtype="float32")
+    (line,) = caplog.messages
+    assert "weights decoded to floats: " in line
+    assert "4 in Q6_K" in line and "19 in Q4_K" in line and "keep_codes" in line
     caplog.clear()
     _, coded = mp.load(path, dtype="float32", keep_codes=True)
     assert same_bits(coded, floats, bits=False)

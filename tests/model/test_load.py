@@ -15,8 +15,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mud_puppy.errors import UserError
+from mud_puppy.export import save_hf
 from mud_puppy.model import abstract, load
+from mud_puppy.model.names import flatten
 from mud_puppy.parallel import make_mesh
+from tests.tiny import SIZES, tiny_model
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -84,6 +87,45 @@ def test_a_sharded_load_equals_a_whole_one(mesh: str, dtype: str, llama: Path) -
     assert len(up.addressable_shards) == 8
     parts = {shard.data.shape for shard in up.addressable_shards}
     assert parts == {(3, 48, 32 // devices.shape["fsdp"])}
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("deepseek")
+    fields = {name: 8 for name in ("kv_lora_rank", "q_lora_rank", "v_head_dim", "n_routed_experts")}
+    fields |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "num_key_value_heads": 4}
+    fields |= {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    model, params = tiny_model(model_type="deepseek_v3", first_k_dense_replace=1, **fields)
+    save_hf(model, params, folder, dtype=None)
+    return folder
+
+
+def test_every_weight_of_a_latent_attention_is_sharded(deepseek: Path) -> None:
+    _, params = load(deepseek, dtype="float32", mesh=make_mesh("fsdp=4", jax.devices()[:4]))
+    attention = flatten(params["layers"][0][0]["self_attn"])
+    whole = {p for p, x in attention.items() if x.addressable_shards[0].data.shape == x.shape}
+    linears = {path for path in attention if "_proj" in path}
+    assert len(linears) == 5 and not linears & whole
+
+
+def test_layers_that_predict_further_are_left_out_and_named(
+    deepseek: Path, tmp_path: Path, caplog: Any
+) -> None:
+    params = load(deepseek)[1]
+    assert not caplog.messages
+    copy = shutil.copytree(deepseek, tmp_path / "more")
+    stored, last = load_file(copy / "model.safetensors"), SIZES["num_hidden_layers"]
+    norm = {"enorm.weight": np.ones(4, np.float32), "eh_proj.weight": np.ones((4, 8), np.float32)}
+    more = {f"model.layers.{last}.{name}": x for name, x in norm.items()}
+    save_file(stored | more, copy / "model.safetensors")
+    assert equal(load(copy)[1], params)
+    (line,) = caplog.messages
+    assert f"2 tensors are not read, as 'model.layers.{last}." in line
+    save_file(
+        stored | {"model.layers.9.enorm.weight": norm["enorm.weight"]}, copy / "model.safetensors"
+    )
+    with pytest.raises(UserError, match=r"model\.layers\.9\.enorm"):
+        load(copy)
 
 
 def test_donating_loaded_shards_leaves_their_copies_alone(llama: Path) -> None:

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
+from mud_puppy.cli import main
 from mud_puppy.errors import UserError
 from mud_puppy.model import abstract, load, load_tokenizer
+from mud_puppy.weights import add_lora, save_adapter
 
 NOTE = "with open({ran!r}, 'a') as file:\n    file.write('{name} ')\n"
 CONFIG = """
@@ -94,3 +97,28 @@ def test_trusted_code_of_config_and_tokenizer_runs_and_no_other(make: Make, ran:
     tokenizer = load_tokenizer(folder, trust_remote_code=True)
     assert type(tokenizer).__name__ == "MineTokenizer" and len(tokenizer) == 258
     assert set(ran.read_text().split()) == {"config", "tokenizer"}
+
+
+# transformers, of the fields that transformers 4 reads.
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")
+@pytest.mark.parametrize("verb", ["generate", "eval", "merge", "quantize"])
+def test_verbs_run_it_where_they_are_told_to(
+    verb: str, make: Make, ran: Path, chats: Path, tmp_path: Path, capsys: Any
+) -> None:
+    folder, out = make("llama"), tmp_path / "out"
+    model, params = load(folder)
+    save_adapter(model, add_lora(params, 2, key=jax.random.key(0)), tmp_path / "adapter")
+    args = {
+        "generate": ["--prompt", "hi", "--max-new-tokens", "2"],
+        "eval": ["--dataset", str(chats), "--max-seq-length", "64"],
+        "merge": [str(tmp_path / "adapter"), "--output", str(out)],
+        "quantize": ["--to", "int8", "--output", str(out)],
+    }[verb]
+    if verb in ("generate", "eval"):
+        assert main([verb, str(folder), *args]) == 2
+        assert "runs only with trust_remote_code" in capsys.readouterr().err
+    assert not ran.exists()
+    assert main([verb, str(folder), *args, "--trust-remote-code"]) == 0
+    assert {"config", "tokenizer"} <= set(ran.read_text().split())
+    if out.exists():
+        assert type(load_tokenizer(out, trust_remote_code=True)).__name__ == "MineTokenizer"

@@ -38,6 +38,7 @@ def test_only_what_fits_is_suggested_and_all_was_tried():
     changes = [c for c, _ in asked]
     assert {"gradient_checkpointing": "offload"} in changes and {"method": "qlora"} in changes
     assert {"max_seq_length": 1024} in changes
+    assert {"lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj"]} in changes
     assert [n for _, n in asked][-3:] == [2, 4, 8]
     assert any(len(c) > 3 for c in changes)  # several together
 
@@ -60,6 +61,7 @@ def test_weights_that_are_too_large_need_other_levers():
         ({"method": "full", "optimizer": "adamw_8bit"}, "optimizer"),
         ({"method": "qlora", "quant_embeddings": True}, "quant_embeddings"),
         ({"method": "qlora"}, "method"),
+        ({"method": "qlora", "lora_targets": ["q_proj"]}, "lora_targets"),
         ({"method": "lora", "precision": "fp8"}, "method"),
     ],
 )

@@ -5,8 +5,8 @@ which modules a block has. `rows(arch)` maps each of our paths to a `Row`; loadi
 and sharding all read the same row. `read_config` makes an `Arch` of a transformers config.
 """
 
-from mud_puppy.model.families.config import ACTIVATIONS, read_config
-from mud_puppy.model.families.rows import Row, ignored, rows
+from mud_puppy.model.families.config import read_config
+from mud_puppy.model.families.rows import Row, is_buffer, is_left_out, rows
 from mud_puppy.model.families.tables import FAMILIES
 
-__all__ = ["ACTIVATIONS", "FAMILIES", "Row", "ignored", "read_config", "rows"]
+__all__ = ["FAMILIES", "Row", "is_buffer", "is_left_out", "read_config", "rows"]

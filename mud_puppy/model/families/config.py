@@ -12,10 +12,9 @@ from mud_puppy.errors import UserError
 from mud_puppy.model.arch import Arch, Experts
 from mud_puppy.model.families.layers import read_layers
 from mud_puppy.model.families.tables import FAMILIES
+from mud_puppy.model.mlp import ACTIVATIONS
 
 log = logging.getLogger("mud_puppy")
-
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "relu")
 
 
 def read_config(config: Any) -> Arch:
@@ -77,7 +76,10 @@ def _check_experts(e: Experts) -> None:
         (1 <= e.per_token <= e.count, f"{e.per_token} experts a token of {e.count}"),
         (e.groups >= 1 and e.count % e.groups == 0, f"{e.groups} groups of {e.count} experts"),
         (1 <= e.groups_per_token <= e.groups, f"{e.groups_per_token} of {e.groups} groups a token"),
-        (e.per_token <= e.groups_per_token * each, f"{e.per_token} experts a token of {each} each"),
+        (
+            e.per_token <= e.groups_per_token * each,
+            f"{e.per_token} experts a token of {e.groups_per_token} groups of {each}",
+        ),
         (
             not e.group_pairs or e.groups == 1 or each >= 2,
             f"groups of {each} ranked by their two best",

@@ -16,13 +16,8 @@ _QKVO = (*QKV, "o_proj")
 
 def mixtral(config: Any, layers: Layers) -> Fields:
     return {
-        "experts": Experts(
-            count=config.num_local_experts,
-            size=config.intermediate_size,
-            per_token=config.num_experts_per_tok,
-            renormalize=True,
-        ),
-        "kinds": with_experts(layers, [True] * len(layers)),
+        "experts": _experts(config, config.num_local_experts, renormalize=True),
+        "kinds": _everywhere(layers),
         "renames": (
             ("block_sparse_moe", "mlp"),
             ("mlp/experts/w1", "mlp/experts/gate_proj"),
@@ -34,10 +29,9 @@ def mixtral(config: Any, layers: Layers) -> Fields:
 
 def qwen2_moe(config: Any, layers: Layers) -> Fields:
     return {
-        "experts": Experts(
-            count=config.num_experts,
-            size=config.moe_intermediate_size,
-            per_token=config.num_experts_per_tok,
+        "experts": _experts(
+            config,
+            config.num_experts,
             shared=config.shared_expert_intermediate_size,
             renormalize=config.norm_topk_prob,
         ),
@@ -49,12 +43,7 @@ def qwen2_moe(config: Any, layers: Layers) -> Fields:
 
 def qwen3_moe(config: Any, layers: Layers) -> Fields:
     return {
-        "experts": Experts(
-            count=config.num_experts,
-            size=config.moe_intermediate_size,
-            per_token=config.num_experts_per_tok,
-            renormalize=config.norm_topk_prob,
-        ),
+        "experts": _experts(config, config.num_experts, renormalize=config.norm_topk_prob),
         "kinds": _sparse_steps(config, layers),
         "qk_norm": "head",
         "biases": _QKVO if config.attention_bias else (),
@@ -63,13 +52,8 @@ def qwen3_moe(config: Any, layers: Layers) -> Fields:
 
 def olmoe(config: Any, layers: Layers) -> Fields:
     return {
-        "experts": Experts(
-            count=config.num_experts,
-            size=config.intermediate_size,
-            per_token=config.num_experts_per_tok,
-            renormalize=config.norm_topk_prob,
-        ),
-        "kinds": with_experts(layers, [True] * len(layers)),
+        "experts": _experts(config, config.num_experts, renormalize=config.norm_topk_prob),
+        "kinds": _everywhere(layers),
         "qk_norm": "width",
         "biases": _QKVO if config.attention_bias else (),
     }
@@ -79,15 +63,10 @@ def gpt_oss(config: Any, layers: Layers) -> Fields:
     _expect(config, "swiglu_alpha", 1.702)
     attention = _QKVO if config.attention_bias else ()
     return {
-        "experts": Experts(
-            count=config.num_local_experts,
-            size=config.intermediate_size,
-            per_token=config.num_experts_per_tok,
-            score="softmax_chosen",
-        ),
-        "kinds": with_experts(layers, [True] * len(layers)),
+        "experts": _experts(config, config.num_local_experts, score="softmax_chosen"),
+        "kinds": _everywhere(layers),
         "sinks": True,
-        # A transformers before 5.20 has no such field and this value.
+        # transformers 5.17 has no such field, and this value.
         "act_limit": float(config.to_dict().get("swiglu_limit", 7.0)),
         "biases": (*attention, "router", "gate_up_proj", "down_proj"),
     }
@@ -99,40 +78,20 @@ def deepseek_v2(config: Any, layers: Layers) -> Fields:
         raise UserError(f"config: topk_method '{config.topk_method}' is not supported")
     # transformers reads it and does not use it; DeepSeek's own models have it false.
     _expect(config, "norm_topk_prob", False)
-    groups: Fields = {}
-    if config.topk_method == "group_limited_greedy":
-        groups = {"groups": config.n_group, "groups_per_token": config.topk_group}
-    experts = Experts(
-        count=config.n_routed_experts,
-        size=config.moe_intermediate_size,
-        per_token=config.num_experts_per_tok,
-        shared=config.moe_intermediate_size * (config.n_shared_experts or 0),
-        scale=config.routed_scaling_factor,
-        **groups,
-    )
-    return _deepseek(config, layers, experts) | {"interleaved": True}
+    grouped = config.topk_method == "group_limited_greedy"
+    own = _groups(config) if grouped else {}
+    return _deepseek(config, layers, **own) | {"interleaved": True}
 
 
 def deepseek_v3(config: Any, layers: Layers) -> Fields:
     _expect(config, "scoring_func", "sigmoid")
     _expect(config, "topk_method", "noaux_tc")
-    experts = Experts(
-        count=config.n_routed_experts,
-        size=config.moe_intermediate_size,
-        per_token=config.num_experts_per_tok,
-        shared=config.moe_intermediate_size * (config.n_shared_experts or 0),
-        score="sigmoid",
-        renormalize=config.norm_topk_prob,
-        scale=config.routed_scaling_factor,
-        groups=config.n_group,
-        groups_per_token=config.topk_group,
-        group_pairs=True,
-    )
-    own = _deepseek(config, layers, experts)
+    routing = {"score": "sigmoid", "renormalize": config.norm_topk_prob, "group_pairs": True}
+    own = _deepseek(config, layers, **_groups(config), **routing)
     return own | {"interleaved": config.rope_interleave, "biases": (*own["biases"], "choice")}
 
 
-def _deepseek(config: Any, layers: Layers, experts: Experts) -> Fields:
+def _deepseek(config: Any, layers: Layers, **routing: Any) -> Fields:
     _expect(config, "moe_layer_freq", 1)
     latent = Latent(
         q_rank=config.q_lora_rank,
@@ -145,7 +104,13 @@ def _deepseek(config: Any, layers: Layers, experts: Experts) -> Fields:
     biases = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj") if config.attention_bias else ()
     dense = config.first_k_dense_replace
     return {
-        "experts": experts,
+        "experts": _experts(
+            config,
+            config.n_routed_experts,
+            shared=config.moe_intermediate_size * (config.n_shared_experts or 0),
+            scale=config.routed_scaling_factor,
+            **routing,
+        ),
         "latent": latent,
         "head_dim": head_dim,
         # Every head has keys of its own; they are made from what all share.
@@ -155,6 +120,21 @@ def _deepseek(config: Any, layers: Layers, experts: Experts) -> Fields:
         "biases": biases,
         "renames": (("mlp/shared_experts", "mlp/shared"),),
     }
+
+
+def _experts(config: Any, count: int, **own: Any) -> Experts:
+    """own: the fields of `Experts` that the family decides."""
+    fields = config.to_dict()
+    size = fields.get("moe_intermediate_size") or fields["intermediate_size"]
+    return Experts(count=count, size=size, per_token=config.num_experts_per_tok, **own)
+
+
+def _groups(config: Any) -> Fields:
+    return {"groups": config.n_group, "groups_per_token": config.topk_group}
+
+
+def _everywhere(layers: Layers) -> Layers:
+    return with_experts(layers, [True] * len(layers))
 
 
 def _sparse_steps(config: Any, layers: Layers) -> Layers:

@@ -30,7 +30,7 @@ def latent_attention(arch: Arch) -> Modules:
     if arch.latent.q_rank is not None:
         queries = {
             "self_attn/q_a_proj": ("q_rank", "embed"),
-            "self_attn/q_b_proj": ("heads", "q_rank"),
+            "self_attn/q_b_proj": ("heads", "q_latent"),
         }
     return queries | {
         "self_attn/kv_a_proj_with_mqa": ("kv_rank_rotated", "embed"),

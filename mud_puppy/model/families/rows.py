@@ -29,14 +29,18 @@ class Row:
 
 
 # Tensors that old checkpoints carry and that hold nothing to learn.
-_IGNORED = (r".*\.rotary_emb\.inv_freq", r".*\.(attn|attention)\.(masked_)?bias")
+_BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.(attn|attention)\.(masked_)?bias")
 
 
-def ignored(arch: Arch, tensor: str) -> bool:
-    """Whether a tensor of a file may be left unread."""
-    extra = FAMILIES[arch.family].ignored.format(layers=arch.layers)
-    patterns = (*_IGNORED, extra) if extra else _IGNORED
-    return any(re.fullmatch(pattern, tensor) for pattern in patterns)
+def is_buffer(tensor: str) -> bool:
+    """Whether a tensor of a file is one of these."""
+    return _BUFFERS.fullmatch(tensor) is not None
+
+
+def is_left_out(arch: Arch, tensor: str) -> bool:
+    """Whether a tensor is of a part of the family's models that is not read here."""
+    pattern = FAMILIES[arch.family].left_out.format(layers=arch.layers)
+    return re.fullmatch(pattern, tensor) is not None
 
 
 def rows(arch: Arch) -> dict[str, Row]:

@@ -65,14 +65,13 @@ def merge_adapter(
     """
     check_dtype(dtype)
     tokenizer = _own_tokenizer(model_source, trust_remote_code)
-    read = partial(load, model_source, dtype=None, trust_remote_code=trust_remote_code)
     if scheme is None:
-        model, params = read()
+        model, params = load(model_source, dtype=None, trust_remote_code=trust_remote_code)
         save_merged(model, load_adapter(params, adapter_dir), output, dtype, tokenizer)
         return
     merged = partial(merge_quantized, scheme=scheme, dtype="bfloat16")
     check_codes(*abstract(model_source, trust_remote_code=trust_remote_code), merged)
-    model, params = read()
+    model, params = load(model_source, dtype=None, trust_remote_code=trust_remote_code)
     codes = merged(load_adapter(params, adapter_dir))
     save_quantized(model, codes, output, tokenizer=tokenizer)
 

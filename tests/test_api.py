@@ -14,10 +14,10 @@ DELIVERED = {
     "kernels.quantized_layernorm",
     4: "quantize fake_quant",
     6: "resize_embeddings",
-}
-COMING = {
     7: "losses.dpo losses.ipo losses.kto losses.orpo losses.simpo losses.reward "
     "losses.process_reward",
+}
+COMING = {
     8: "losses.grpo",
 }
 
@@ -51,7 +51,11 @@ SIGNATURES = {
     "save_adapter": "model params out",
     "generate": "model params tokenizer prompts max_new_tokens temperature",
     "kernels.token_logps": "hidden head targets",
-    "losses.sft": "scores batch weight_sum",
+    **{
+        f"losses.{name}": "scores batch weight_sum"
+        for name in mp.losses.__all__
+        if name != "generalized_jsd"
+    },
 }
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         load,
         load_tokenizer,
         resize_embeddings,
+        with_score_head,
     )
     from mud_puppy.model.mha import FlashMHA
     from mud_puppy.parallel import make_mesh
@@ -80,6 +81,7 @@ _HOME = {
     "strip_lora": "weights",
     "train": "train",
     "with_dropout": "weights",
+    "with_score_head": "model",
 }
 _ROOMS = ("kernels", "losses")
 __all__ = [*_HOME, *_ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -30,7 +30,7 @@ from mud_puppy.run.prepare import Prepared, check_asked, load_params, prepare
 from mud_puppy.run.prompts import uses_chat
 from mud_puppy.run.record import changed_keys
 from mud_puppy.run.recorder import Recorder
-from mud_puppy.run.vocabulary import run_tokenizer, with_room
+from mud_puppy.run.vocabulary import run_tokenizer, with_room, with_scores
 from mud_puppy.sampling import generate
 
 Tree = Any
@@ -64,9 +64,10 @@ def train(source: Config | Mapping[str, Any] | str | os.PathLike) -> Result:
     mesh = make_mesh(config.mesh)
     shaped, shapes = abstract(config.model, trust_remote_code=config.trust_remote_code)
     check_asked(config, shapes)
-    check_result(config, shaped, shapes)
     tokenizer = run_tokenizer(config)
-    shaped, _ = with_room(config, shaped, shapes, tokenizer)
+    shaped, shapes = with_room(config, shaped, shapes, tokenizer)
+    shaped, shapes = with_scores(config, shaped, shapes, tokenizer.pad_token_id)
+    check_result(config, shaped, shapes)
     data = load_data(config, shaped, tokenizer, batch_devices(mesh))
     with jax.set_mesh(mesh), memory_errors():
         model, params = load_params(config, mesh)

@@ -52,9 +52,14 @@ def example(spec) -> str:
         return next((c for c in choices(spec) if c != spec.default), choices(spec)[0])
     if spec.name == "mesh":
         return "data=2,fsdp=4"
+    if spec.name == "preference":
+        return "ipo"
+    if spec.name in ("label_smoothing", "f_alpha"):
+        return "0.1"
     return EXAMPLES[base_type(spec)]
 
 
+PREFERENCE = {"method": "preference"}
 CONTEXT = {
     "lr_restarts": {"lr_scheduler": "cosine_with_restarts"},
     "lr_power": {"lr_scheduler": "polynomial"},
@@ -68,6 +73,18 @@ CONTEXT = {
     "quant_group": {"method": "qlora"},
     "quant_embeddings": {"method": "qlora"},
     **{key: {"method": "gptq"} for key in KEYS if key.startswith("gptq_")},
+    **{key: PREFERENCE for key in "preference beta ld_alpha label_smoothing f_divergence".split()},
+    "tune": PREFERENCE,
+    "reference": PREFERENCE | {"tune": "full"},
+    "f_alpha": PREFERENCE | {"f_divergence": "alpha_divergence"},
+    "discopop_tau": PREFERENCE | {"preference": "discopop"},
+    "simpo_gamma": PREFERENCE | {"preference": "simpo"},
+    "simpo_alpha": PREFERENCE | {"preference": "simpo"},
+    "cpo_alpha": PREFERENCE | {"preference": "cpo"},
+    "desirable_weight": PREFERENCE | {"preference": "kto"},
+    "undesirable_weight": PREFERENCE | {"preference": "kto"},
+    "reward": {"method": "rm"},
+    "reward_centering": {"method": "rm"},
     **{f"qat_{key}": {"method": "qat"} for key in "format group activations ranges lora".split()},
 }
 

@@ -134,7 +134,8 @@ BAD_VALUES = [
     (
         "method",
         "lroa",
-        "config: method: 'lroa' is not one of full, lora, qlora, qat, gptq. Did you mean 'lora'?",
+        "config: method: 'lroa' is not one of full, lora, qlora, qat, gptq, preference, rm, prm. "
+        "Did you mean 'lora'?",
     ),
     (
         "gradient_checkpointing",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from mud_puppy.config.preference import COUPLED, OBJECTIVES, PreferenceKeys
 from mud_puppy.config.refused import refuse
 from mud_puppy.config.schema import (
     AT_LEAST_1,
@@ -35,7 +36,7 @@ from mud_puppy.config.schema import (
 from mud_puppy.config.source import Given, convert_all, from_flags, from_source
 from mud_puppy.errors import UserError, nearest
 
-Method = Literal["full", "lora", "qlora", "qat", "gptq"]
+Method = Literal["full", "lora", "qlora", "qat", "gptq", "preference", "rm", "prm"]
 Precision = Literal["bf16", "fp32", "fp16"]
 Computed = Literal["bf16", "fp32", "fp16", "fp8", "fp8-emulated"]
 Checkpointing = Literal["none", "full", "offload", "attention", "projections"]
@@ -52,36 +53,41 @@ DTYPES = {
     "fp8-emulated": "bfloat16",
 }
 MESH_AXES = ("data", "fsdp")
-FULL_LEARNING_RATE = 2e-5
+# Where the weights train, and where adapters do.
+LEARNING_RATES = {"preference": (1e-6, 2e-5), "rm": (1e-5, 1e-4), "prm": (1e-5, 1e-4)}
+SFT_RATES = (2e-5, 2e-4)
+SECTIONS = (
+    "run", "data", "training", "preference and reward", "LoRA", "quantization", "devices",
+)  # fmt: skip
 MODEL = "model folder, GGUF file or hub id (org/name, or org/name@revision)"
 REMOTE_CODE = "run the Python of the model's folder for config and tokenizer"
 ROW = -1  # gptq_group_size: one group, the whole row, as quantize_config.json says it
 
 _TRAINS = Need("a method other than gptq", lambda c: c.method != "gptq")
 _GPTQ = Need("method gptq", lambda c: c.method == "gptq")
-_LORA = Need("method lora or qlora, or qat with qat_lora", lambda c: c.adapts)
+_LORA = Need("method (or tune) lora or qlora, or qat with qat_lora", lambda c: c.adapts)
 _NEW_ROWS = Need(
     "method full, or qat without qat_lora (adapters have no rows for new tokens)",
-    lambda c: c.method in ("full", "qat") and not c.adapts,
+    lambda c: c.trains in ("full", "qat") and not c.adapts,
 )
 _NEW_ADAPTER = Need(
-    "a new adapter: method lora or qlora, or qat with qat_lora, and adapter_mode stack if adapter "
-    "is set (continue keeps its own)",
+    "a new adapter: method (or tune) lora or qlora, or qat with qat_lora, and adapter_mode stack "
+    "if adapter is set (continue keeps its own)",
     lambda c: c.adapts and (c.adapter is None or c.adapter_mode == "stack"),
 )
-_QLORA = Need("method qlora", lambda c: c.method == "qlora")
+_QLORA = Need("method (or tune) qlora", lambda c: c.trains == "qlora")
 _QAT = Need("method qat", lambda c: c.method == "qat")
 _GROUPS = Need(
     "method qlora with quant_backend nf4, int4, int8 or fp8 (mxfp4's is 32)",
-    lambda c: c.method == "qlora" and c.quant_backend not in ("mxfp4", "stored"),
+    lambda c: c.trains == "qlora" and c.quant_backend not in ("mxfp4", "stored"),
 )
 _ENCODES = Need(
     "method qlora with a quant_backend that is not stored",
-    lambda c: c.method == "qlora" and c.quant_backend != "stored",
+    lambda c: c.trains == "qlora" and c.quant_backend != "stored",
 )
 _NF4 = Need(
     "method qlora with quant_backend nf4",
-    lambda c: c.method == "qlora" and c.quant_backend == "nf4",
+    lambda c: c.trains == "qlora" and c.quant_backend == "nf4",
 )
 _ADAPTER = Need("adapter", lambda c: c.adapter is not None)
 _MERGE = Need("merge_lora", lambda c: c.merge_lora)
@@ -101,6 +107,7 @@ _ADAMW = (
     & _TRAINS
 )
 _SAMPLES = Need("sample_prompts", lambda c: c.sample_prompts != 0)
+_TEXTS_OUT = Need("a method that gives texts", lambda c: c.method not in ("rm", "prm"))
 
 
 def _group(value: Any) -> int:
@@ -171,13 +178,17 @@ _devices = partial(key, "devices")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(PreferenceKeys):
     """All keys of a run, converted and checked; make one with `Config.load`."""
 
     model: str = _run(REQUIRED, MODEL)
     dataset: str = _run(REQUIRED, "JSONL, JSON, CSV, parquet or text file, or hub data set")
     output: str = _run(REQUIRED, "folder for the result, checkpoints and report")
-    method: Method = _run("lora", "what is trained (gptq: nothing, the weights are quantized)")
+    method: Method = _run(
+        "lora",
+        "what is trained (gptq: nothing, the weights are quantized), or what it is trained for: "
+        "preference, rm, prm",
+    )
     precision: Computed = _run("bf16", "type that the forward and backward pass compute in")
     seed: int = _run(0, "seed of data order, adapter init, dropout and samples", NOT_NEGATIVE)
     resume: bool = _run(False, "go on from the last checkpoint (gptq: layer) in output")
@@ -196,7 +207,7 @@ class Config:
         3,
         "prompts answered before and after training: this many of the data's, or these",
         _PROMPTS,
-        needs=_TRAINS,
+        needs=_TRAINS & _TEXTS_OUT,
         repeat=True,
     )
     sample_max_new_tokens: int = _run(64, "longest sample in tokens", AT_LEAST_1, needs=_SAMPLES)
@@ -240,7 +251,10 @@ class Config:
     )
     gradient_accumulation: int = _train(1, "batches added up for one update", AT_LEAST_1)
     learning_rate: float = _train(
-        2e-4, "highest learning rate (2e-5 where the weights train)", POSITIVE
+        2e-4,
+        "highest learning rate (2e-5 where the weights train; preference: 2e-5, 1e-6; rm, prm: "
+        "1e-4, 1e-5)",
+        POSITIVE,
     )
     epochs: float | None = _train(
         None, "passes over the data (1 unless max_steps is set; the first reached ends)", POSITIVE
@@ -355,7 +369,12 @@ class Config:
     @property
     def adapts(self) -> bool:
         """Whether adapters are what trains."""
-        return self.method in ("lora", "qlora") or (self.method == "qat" and self.qat_lora)
+        return self.trains in ("lora", "qlora") or (self.method == "qat" and self.qat_lora)
+
+    @property
+    def trains(self) -> str:
+        """What becomes of the weights: full, lora, qlora, qat or gptq."""
+        return self.tune if self.method in OBJECTIVES else self.method
 
     @property
     def merged_as(self) -> str:
@@ -387,7 +406,9 @@ class Config:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-KEYS = keys_of(Config)
+KEYS = dict(
+    sorted(keys_of(Config).items(), key=lambda item: SECTIONS.index(item[1].metadata["section"]))
+)
 
 
 def _finish(given: dict[str, Given]) -> Config:
@@ -395,9 +416,9 @@ def _finish(given: dict[str, Given]) -> Config:
     for name, item in given.items():
         refuse(name, item.value, item.label)
     values = convert_all(KEYS, given, missing_hint=" or `{name}:` in the config file")
-    if not Config(**values).adapts:
-        values.setdefault("learning_rate", FULL_LEARNING_RATE)
-    if values.get("method") == "gptq":
+    method, adapts = values.get("method", "lora"), Config(**values).adapts
+    values.setdefault("learning_rate", LEARNING_RATES.get(method, SFT_RATES)[adapts])
+    if method in ("gptq", "rm", "prm"):
         values.setdefault("sample_prompts", 0)
     if values.get("max_steps") is None and values.get("epochs") is None:
         values["epochs"] = 1.0
@@ -430,6 +451,8 @@ def _check_together(config: Config, given: dict[str, Given]) -> None:
             raise UserError(f"{label}: method gptq has no training products; use bf16.")
         if config.method == "qat":
             raise UserError(f"{label}: method qat rounds the weights to integers; use bf16.")
+        if config.method in OBJECTIVES:
+            raise UserError(f"{label}: method {config.method} has no float8 products; use bf16.")
         if config.method == "qlora" and config.quant_backend != "fp8":
             raise UserError(
                 f"{label}: {config.quant_backend} codes have no float8 products; use bf16, or "
@@ -444,6 +467,13 @@ def _check_together(config: Config, given: dict[str, Given]) -> None:
             raise UserError(
                 f"{given['quant_group'].label}: float8 products take one scale a row; leave it out."
             )
+    coupled = COUPLED & set(config.losses) if config.method == "preference" else ()
+    if coupled and config.gradient_accumulation > 1:
+        raise UserError(
+            f"{given['gradient_accumulation'].label}: {min(coupled)} compares the answers of a "
+            "batch with each other, so that its loss is not that of the parts added up; use a "
+            "larger batch_size."
+        )
     if config.max_steps is not None and config.warmup_steps > config.max_steps:
         raise UserError(
             f"{given['warmup_steps'].label}: {config.warmup_steps} is more than max_steps "

@@ -7,19 +7,13 @@ from typing import Any
 
 from mud_puppy.errors import UserError
 
-_PREFERENCE = "arrives with the preference and reward-model issue (#7)"
-
 VALUES: dict[tuple[str, str], str] = {
-    ("method", "preference"): _PREFERENCE,
-    ("method", "rm"): _PREFERENCE,
-    ("method", "prm"): _PREFERENCE,
     ("method", "rl"): "arrives with the reinforcement-learning issue",
     ("method", "multimodal"): "arrives with the image-model issue",
     ("device_map", "pipeline"): "arrives with the scaling issue; use mesh (for example fsdp=4)",
 }
 
 KEYS: dict[str, str] = {
-    "preference": _PREFERENCE,
     "revision": "is part of the model's name: org/name@revision; remove it",
     "compile": "has no meaning here: every step is already compiled by XLA; remove it",
     "stream": "arrives with the scaling issue; remove it",

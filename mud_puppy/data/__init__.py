@@ -1,12 +1,23 @@
 """Rows of files and hub data sets to batches of tokens with loss weights. numpy only: no jax, no
 model.
 
-read_rows -> encode -> split -> Loader -> prefetch; preview_text shows what is trained on.
+read_rows -> split -> encode -> Loader -> prefetch; preview_text shows what is trained on.
+Preferences, ratings and rated steps have converters for read_rows, encode_* and collate_* of their
+own.
 """
 
 from mud_puppy.data.encoding import EncodeOptions, encode
-from mud_puppy.data.example import BadRows, Dataset, Example, Report, split
-from mud_puppy.data.formats import Chat, Row, Text, Turn, convert
+from mud_puppy.data.example import (
+    AnyExample,
+    Dataset,
+    Example,
+    PairExample,
+    RatedExample,
+    StepsExample,
+    split,
+)
+from mud_puppy.data.fields import Turn
+from mud_puppy.data.formats import Chat, Row, Text, convert
 from mud_puppy.data.loader import (
     Batch,
     Loader,
@@ -17,10 +28,34 @@ from mud_puppy.data.loader import (
     row_length,
 )
 from mud_puppy.data.packing import efficiency, pack
+from mud_puppy.data.preference_batches import (
+    collate_pairs,
+    collate_rated,
+    collate_steps,
+    kl_row_length,
+)
+from mud_puppy.data.preference_encoding import (
+    STEP_SEPARATOR,
+    encode_pairs,
+    encode_rated,
+    encode_steps,
+)
+from mud_puppy.data.preferences import (
+    PairRow,
+    RatedRow,
+    StepsRow,
+    convert_pair,
+    convert_scored,
+    convert_steps,
+    convert_unpaired,
+)
 from mud_puppy.data.preview import preview_text
+from mud_puppy.data.report import BadRows, Report
 from mud_puppy.data.rows import Rows, read_rows
 
 __all__ = [
+    "STEP_SEPARATOR",
+    "AnyExample",
     "BadRows",
     "Batch",
     "Chat",
@@ -28,16 +63,33 @@ __all__ = [
     "EncodeOptions",
     "Example",
     "Loader",
+    "PairExample",
+    "PairRow",
+    "RatedExample",
+    "RatedRow",
     "Report",
     "Row",
     "Rows",
+    "StepsExample",
+    "StepsRow",
     "Text",
     "Turn",
     "batch_size_for",
+    "collate_pairs",
+    "collate_rated",
     "collate_sft",
+    "collate_steps",
     "convert",
+    "convert_pair",
+    "convert_scored",
+    "convert_steps",
+    "convert_unpaired",
     "efficiency",
     "encode",
+    "encode_pairs",
+    "encode_rated",
+    "encode_steps",
+    "kl_row_length",
     "pack",
     "padded_length",
     "prefetch",

@@ -2,28 +2,35 @@
 the same order.
 
 Also decides about examples that are too long and rows that cannot be trained on, and counts both.
+How rows of one kind become examples is a `Task`; here is that of supervised training, the others
+are `preference_encoding.py`.
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain
-from multiprocessing import get_context
 from operator import add
+from typing import Any
 
 import numpy as np
 
-from mud_puppy.data.chat import MaskOptions, Plan, check_tokenizer, plan_row, tokenize
-from mud_puppy.data.example import SKIP_HINT, BadRows, Dataset, Example, Report
-from mud_puppy.data.formats import ROLES, Row
+from mud_puppy.data.chat import MaskOptions, Plan, plan_row
+from mud_puppy.data.example import Dataset, Example
+from mud_puppy.data.fields import ROLES
+from mud_puppy.data.formats import Row
+from mud_puppy.data.processes import in_processes
+from mud_puppy.data.report import SKIP_HINT, BadRows, Report
 from mud_puppy.data.template import Tokenizer
+from mud_puppy.data.tokens import Encoded, check_tokenizer, tokenize
 from mud_puppy.errors import UserError, nearest
 
 CHUNK_ROWS = 512
-Chunk = tuple[list[Example], Report]
+Chunk = tuple[list[Any], Report]
+
+
+class TooLong(UserError):
+    """An example is longer than max_seq_length, and on_long is "stop"."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,8 @@ class EncodeOptions(MaskOptions):
     """How rows become examples; UserError for a value out of range.
 
     max_seq_length: tokens; what an example may have at most.
-    on_long: "truncate" cuts the end of an example that has more, "skip" leaves it out, "stop"
-    raises.
+    on_long: "truncate" cuts the end of an example that has more (of preferences, ratings and steps
+    the start of the prompt, never the answer), "skip" leaves it out, "stop" raises.
     on_bad_rows: "stop" raises for a row that cannot be trained on, "skip" leaves it out.
     preprocess_workers: processes; 0 and 1 mean the caller's own.
     """
@@ -59,7 +66,37 @@ class EncodeOptions(MaskOptions):
             raise UserError(f"on_bad_rows must be stop or skip, not {self.on_bad_rows!r}")
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, options: EncodeOptions) -> Dataset:
+def plan_alone(row: Row, tokenizer: Tokenizer, options: EncodeOptions) -> list[Plan]:
+    """The one text of a row of supervised training."""
+    return [plan_row(row, tokenizer, options)]
+
+
+def make_alone(
+    row: Row, plans: list[Plan], encoded: list[Encoded], options: EncodeOptions
+) -> Chunk:
+    """The one example of a row of supervised training."""
+    return _fitted(trained_example(plans[0], encoded[0]), options)
+
+
+@dataclass(frozen=True)
+class Task:
+    """How rows of one kind become examples; both functions must be picklable.
+
+    plan(row, tokenizer, options) -> the row's texts, which are tokenized together with others;
+    make(row, plans, their tokens, options) -> (examples, report of what fitting them took). Both
+    raise UserError for a bad row, `make` TooLong for a long one on which encoding stops.
+    """
+
+    plan: Callable[[Any, Tokenizer, EncodeOptions], list[Plan]] = plan_alone
+    make: Callable[[Any, list[Plan], list[Encoded], EncodeOptions], Chunk] = make_alone
+
+
+SUPERVISED = Task()
+
+
+def encode(
+    rows: Sequence[Any], tokenizer: Tokenizer, options: EncodeOptions, task: Task = SUPERVISED
+) -> Dataset[Any]:
     """Examples of all rows, in order, and the report of what was cut or left out.
 
     Raises UserError for a row that cannot be trained on (unless skipped), and when no example is
@@ -69,9 +106,9 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, options: EncodeOptions) ->
     chunks = [rows[i : i + CHUNK_ROWS] for i in range(0, len(rows), CHUNK_ROWS)]
     workers = min(options.preprocess_workers, len(chunks))
     if workers > 1:
-        done = list(_by_processes(chunks, tokenizer, options, workers))
+        done = list(in_processes(encode_chunk, chunks, (tokenizer, options, task), workers))
     else:
-        done = [encode_chunk(chunk, tokenizer, options) for chunk in chunks]
+        done = [encode_chunk(chunk, tokenizer, options, task) for chunk in chunks]
     examples = tuple(chain.from_iterable(made for made, _ in done))
     report = reduce(add, (told for _, told in done), Report())
     if not examples:
@@ -81,26 +118,45 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, options: EncodeOptions) ->
     return Dataset(examples, report)
 
 
-def encode_chunk(rows: Sequence[Row], tokenizer: Tokenizer, options: EncodeOptions) -> Chunk:
+def encode_chunk(
+    rows: Sequence[Any], tokenizer: Tokenizer, options: EncodeOptions, task: Task
+) -> Chunk:
     """The examples of some rows and their report."""
-    plans, faults = [], []
+    planned, faults = [], []
     for row in rows:
         try:
-            plans.append(plan_row(row, tokenizer, options))
+            planned.append((row, task.plan(row, tokenizer, options)))
         except UserError as error:
             faults.append(_kept(error, options))
-    examples, reports = [], []
-    encoded = tokenize(plans, tokenizer) if plans else []
-    for plan, (tokens, weights, unclosed) in zip(plans, encoded, strict=True):
-        if not weights.any():
-            what = f"{plan.where}: no token of it would be trained on: {plan.shown}"
-            faults.append(_kept(UserError(what), options))
+    examples, report = [], Report()
+    encoded = iter(tokenize([plan for _, plans in planned for plan in plans], tokenizer))
+    for row, plans in planned:
+        own = [next(encoded) for _ in plans]
+        try:
+            made, told = task.make(row, plans, own, options)
+        except TooLong:
+            raise
+        except UserError as error:
+            faults.append(_kept(error, options))
             continue
-        example, report = _fitted(Example(tokens, weights, plan.where), plan, options)
-        examples += [] if example is None else [example]
-        reports.append(report + Report(unclosed=unclosed))
-    bad = BadRows(len(faults), tuple(faults))
-    return examples, reduce(add, reports, Report(bad=bad))
+        examples += made
+        report += told + Report(unclosed=sum(one.unclosed for one in own))
+    return examples, report + Report(bad=BadRows(len(faults), tuple(faults)))
+
+
+def trained_example(plan: Plan, encoded: Encoded) -> Example:
+    """The tokens as an Example; UserError, which shows the text, if none of them is trained."""
+    if not encoded.weights.any():
+        raise UserError(f"{plan.where}: no token of it would be trained on: {plan.shown}")
+    return Example(encoded.tokens, encoded.weights, plan.where)
+
+
+def too_long(where: str, count: int, limit: int) -> TooLong:
+    """The error of on_long="stop"."""
+    return TooLong(
+        f"{where}: {count} tokens are more than max_seq_length {limit}; "
+        "raise it, or set on_long to truncate or skip"
+    )
 
 
 def _kept(error: UserError, options: EncodeOptions) -> str:
@@ -110,49 +166,15 @@ def _kept(error: UserError, options: EncodeOptions) -> str:
     return str(error)
 
 
-def _fitted(example: Example, plan: Plan, options: EncodeOptions) -> tuple[Example | None, Report]:
-    """The example within max_seq_length, or None, and what that took."""
-    limit, count = options.max_seq_length, len(example.tokens)
-    if count <= limit:
-        return example, Report()
+def _fitted(example: Example, options: EncodeOptions) -> Chunk:
+    """The example within max_seq_length, or none, and what that took."""
+    limit = options.max_seq_length
+    if example.size <= limit:
+        return [example], Report()
     if options.on_long == "stop":
-        raise UserError(
-            f"{plan.where}: {count} tokens are more than max_seq_length {limit}; "
-            "raise it, or set on_long to truncate or skip"
-        )
+        raise too_long(example.where, example.size, limit)
     if options.on_long == "skip":
-        return None, Report(too_long=1)
+        return [], Report(too_long=1)
     # Copies, so that the long arrays are freed.
     cut = Example(example.tokens[:limit].copy(), example.weights[:limit].copy(), example.where)
-    return (cut, Report(truncated=1)) if np.any(cut.weights) else (None, Report(cut_away=1))
-
-
-def _by_processes(
-    chunks: list[Sequence[Row]], tokenizer: Tokenizer, options: EncodeOptions, workers: int
-) -> Iterator[Chunk]:
-    # Spawned, not forked: JAX in the parent has threads and perhaps a device, neither of which
-    # survives a fork.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer, options))
-    try:
-        yield from pool.map(_work, chunks)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a preprocessing process ended early: put your script's calls under "
-            "`if __name__ == '__main__':`, or set preprocess_workers to 1"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_worker: dict = {}
-
-
-def _start_worker(tokenizer: Tokenizer, options: EncodeOptions) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = (
-        "false"  # one thread each: the processes are the parallelism
-    )
-    _worker.update(tokenizer=tokenizer, options=options)
-
-
-def _work(rows: Sequence[Row]) -> Chunk:
-    return encode_chunk(rows, **_worker)
+    return ([cut], Report(truncated=1)) if np.any(cut.weights) else ([], Report(cut_away=1))

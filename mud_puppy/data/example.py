@@ -1,22 +1,23 @@
 """What the data room hands on: tokenized examples, and the account of what happened on the way.
 
-An `Example` is one training sequence with a weight for each token; a `Dataset` is a tuple of them
-with a `Report` of everything that was cut, dropped or found bad. Nothing here knows a tokenizer or
-a file.
+An `Example` is one training sequence with a weight for each token; the others are built of it: two
+answers (`PairExample`), an answer with a label (`RatedExample`), an answer in steps
+(`StepsExample`). All have `sequences`, `size`, `trained` and `where`. A `Dataset` is a tuple of
+examples of one kind with a `Report` of everything that was cut, dropped or found bad. Nothing here
+knows a tokenizer or a file.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from mud_puppy.data.report import Report
 from mud_puppy.errors import UserError
 
-MAX_MESSAGES = 1000
-SKIP_HINT = "(correct it, or leave bad rows out with on_bad_rows skip)"
 Item = TypeVar("Item")
 
 
@@ -30,70 +31,105 @@ class Example:
     where: str
 
     @property
+    def sequences(self) -> tuple["Example"]:
+        """Itself: it is one sequence."""
+        return (self,)
+
+    @property
+    def size(self) -> int:
+        """The tokens that it takes in a row."""
+        return len(self.tokens)
+
+    @property
     def trained(self) -> int:
         """How many of its tokens are trained on."""
         return int(np.count_nonzero(self.weights))
 
 
-@dataclass(frozen=True)
-class BadRows:
-    """Rows that were left out because something is wrong with them; `messages` keeps the first
-    1,000."""
+class _Built(Protocol):
+    """What follows from the sequences that an example is built of."""
 
-    count: int = 0
-    messages: tuple[str, ...] = ()
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        """What stands side by side in a row, each a segment of it."""
+        ...
 
-    def __add__(self, other: "BadRows") -> "BadRows":
-        messages = (self.messages + other.messages)[:MAX_MESSAGES]
-        return BadRows(self.count + other.count, messages)
+    @property
+    def size(self) -> int:
+        """The tokens that it takes in a row."""
+        return sum(one.size for one in self.sequences)
 
+    @property
+    def trained(self) -> int:
+        """How many of its tokens are trained on, or read."""
+        return sum(one.trained for one in self.sequences)
 
-@dataclass(frozen=True)
-class Report:
-    """What `encode` did to the rows, in counts of examples (`unclosed` counts trained turns).
-
-    truncated: cut to max_seq_length, with trained tokens left.
-    too_long: left out by on_long="skip".
-    cut_away: left out because cutting would have removed every trained token.
-    unclosed: trained turns that no special token ends, so that the model may not learn to stop.
-    bad: rows that could not be made into an example, left out by on_bad_rows="skip".
-    """
-
-    truncated: int = 0
-    too_long: int = 0
-    cut_away: int = 0
-    unclosed: int = 0
-    bad: BadRows = BadRows()
-
-    def __add__(self, other: "Report") -> "Report":
-        return Report(
-            self.truncated + other.truncated,
-            self.too_long + other.too_long,
-            self.cut_away + other.cut_away,
-            self.unclosed + other.unclosed,
-            self.bad + other.bad,
-        )
-
-    def lines(self) -> list[str]:
-        """One sentence for each thing that happened; empty when nothing did."""
-        said = (
-            (self.truncated, "examples cut to max_seq_length"),
-            (self.too_long, "examples left out: longer than max_seq_length"),
-            (self.cut_away, "examples left out: max_seq_length cuts off all their trained tokens"),
-            (
-                self.unclosed,
-                "trained turns have no end-of-turn token: the model may not learn to stop",
-            ),
-            (self.bad.count, "bad rows left out"),
-        )
-        return [f"{count} {what}" for count, what in said if count] + list(self.bad.messages)
+    @property
+    def where(self) -> str:
+        """File and line."""
+        return self.sequences[0].where
 
 
 @dataclass(frozen=True, eq=False)
-class Dataset:
+class PairExample(_Built):
+    """Two answers to one prompt, each with the prompt before it.
+
+    shared: the leading tokens that both have and of which none is weighted: the prompt. margin: by
+    how much the chosen answer is better.
+    """
+
+    chosen: Example
+    rejected: Example
+    shared: int
+    margin: float = 0.0
+    source: str = ""
+
+    @property
+    def sequences(self) -> tuple[Example, Example]:
+        """The chosen and the rejected answer."""
+        return (self.chosen, self.rejected)
+
+
+@dataclass(frozen=True, eq=False)
+class RatedExample(_Built):
+    """An answer and its label: 1.0 or 0.0 (wanted or not), or a score. shared: the tokens before
+    the answer."""
+
+    example: Example
+    shared: int
+    label: float
+    source: str = ""
+
+    @property
+    def sequences(self) -> tuple[Example]:
+        """The one sequence."""
+        return (self.example,)
+
+
+@dataclass(frozen=True, eq=False)
+class StepsExample(_Built):
+    """An answer in steps. The example's weights are 1 on each step's last token (the token that is
+    read, not one that is predicted), and `labels` is 1 there where the step is right."""
+
+    example: Example
+    labels: Int32[np.ndarray, " n"]
+    source: str = ""
+
+    @property
+    def sequences(self) -> tuple[Example]:
+        """The one sequence."""
+        return (self.example,)
+
+
+AnyExample = Example | PairExample | RatedExample | StepsExample
+Kind = TypeVar("Kind", bound=AnyExample)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset(Generic[Kind]):
     """Examples in the order of their rows, and the report of how they came about."""
 
-    examples: tuple[Example, ...]
+    examples: tuple[Kind, ...]
     report: Report = field(default_factory=Report)
 
     def __len__(self) -> int:

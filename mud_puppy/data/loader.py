@@ -11,20 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any, Generic
 
 import numpy as np
 from jaxtyping import Int64
 
-from mud_puppy.data.example import Example
+from mud_puppy.data.example import AnyExample, Example, Kind
 from mud_puppy.data.packing import efficiency, pack
 
 LENGTH_MULTIPLE = 64
 Batch = dict[str, np.ndarray]
 
 
-def collate_sft(rows: Sequence[Sequence[Example]], length: int) -> Batch:
+def collate_sft(rows: Sequence[Sequence[Example]], length: int, most: int = 0) -> Batch:
     """Rows of examples to arrays [B, length]: tokens, positions, segment_ids, targets (int32) and
-    weights (float32).
+    weights (float32). `most`, the most examples that a row may have, is not needed here.
 
     Positions restart with each example; segment_ids count the row's examples from 1 and are 0 on
     padding. `targets[t]` is `tokens[t + 1]` and `weights[t]` its weight inside one example; both
@@ -51,21 +52,22 @@ def collate_sft(rows: Sequence[Sequence[Example]], length: int) -> Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Loader:
+class Loader(Generic[Kind]):
     """Examples in batches of `accumulation` x `batch_size` rows.
 
-    max_seq_length bounds an example's tokens. `pack` puts several examples in a row. `collate`
-    makes the arrays of one micro-batch from its rows and their length.
+    max_seq_length bounds the tokens of a sequence (a pair has two, in one row). `pack` puts several
+    examples in a row. `collate(rows, length, most)` makes the arrays [A * B, ...] of a step from
+    all its rows, their length, and the most examples that any row of the loader holds.
     """
 
-    examples: Sequence[Example]
+    examples: Sequence[Kind]
     batch_size: int
     accumulation: int = 1
     max_seq_length: int = 2048
     pack: bool = True
     seed: int = 0
     shuffle: bool = True
-    collate: Callable[[Sequence[Sequence[Example]], int], Batch] = collate_sft
+    collate: Callable[[Sequence[Sequence[Any]], int, int], Batch] = collate_sft
 
     @cached_property
     def length(self) -> int:
@@ -79,8 +81,13 @@ class Loader:
         if not self.pack:
             return [[i] for i in range(count)]
         order = _order(self.seed, -1, count) if self.shuffle else np.arange(count)
-        bins = pack(_lengths(self.examples)[order], self.length)
+        bins = pack(_sizes(self.examples)[order], self.length)
         return [order[row].tolist() for row in bins]
+
+    @cached_property
+    def most(self) -> int:
+        """The most examples that a row holds."""
+        return max(len(row) for row in self.rows)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,35 +103,37 @@ class Loader:
         chosen = order[k * need : (k + 1) * need].tolist()
         rows = [[self.examples[i] for i in self.rows[r]] for r in chosen]
         rows += [[] for _ in range(need - len(rows))]
-        flat = self.collate(rows, self.length)
+        flat = self.collate(rows, self.length, self.most)
         lead = (self.accumulation, self.batch_size)
         return {name: array.reshape(lead + array.shape[1:]) for name, array in flat.items()}
 
     def describe(self) -> dict[str, int | float]:
         """Counts of an epoch: examples, tokens, trained_tokens, rows, row_length, steps_per_epoch;
         and the packing efficiency, the share of the rows' tokens that are not padding."""
-        lengths = _lengths(self.examples)
+        sizes = _sizes(self.examples)
         return {
             "examples": len(self.examples),
-            "tokens": int(lengths.sum()),
+            "tokens": int(sizes.sum()),
             "trained_tokens": sum(example.trained for example in self.examples),
             "rows": len(self.rows),
             "row_length": self.length,
-            "packing_efficiency": efficiency(lengths, self.rows, self.length),
+            "packing_efficiency": efficiency(sizes, self.rows, self.length),
             "steps_per_epoch": self.steps_per_epoch,
         }
 
 
-def row_length(examples: Sequence[Example], max_seq_length: int, pack: bool) -> int:
-    """T, a multiple of 64: of the longest example, or when packing of max_seq_length or, if less,
-    of all together."""
-    lengths = _lengths(examples)
-    if lengths.max() > max_seq_length:
-        long = examples[int(lengths.argmax())]
-        raise ValueError(
-            f"{long.where} has {lengths.max()} tokens, above max_seq_length {max_seq_length}"
-        )
-    need = min(max_seq_length, int(lengths.sum())) if pack else int(lengths.max())
+def row_length(examples: Sequence[AnyExample], max_seq_length: int, pack: bool) -> int:
+    """T, a multiple of 64: of the largest example, or when packing of max_seq_length (if no example
+    takes more: a pair may) or, if less, of all together."""
+    for example in examples:
+        for one in example.sequences:
+            if one.size > max_seq_length:
+                raise ValueError(
+                    f"{one.where} has {one.size} tokens, above max_seq_length {max_seq_length}"
+                )
+    sizes = _sizes(examples)
+    largest = int(sizes.max())
+    need = min(max(max_seq_length, largest), int(sizes.sum())) if pack else largest
     return padded_length(need)
 
 
@@ -148,7 +157,7 @@ def prefetch(loader: Loader, start: int, stop: int, workers: int) -> Iterator[Ba
     if workers == 0:
         yield from map(loader.batch_at, range(start, stop))
         return
-    _ = loader.rows, loader.length  # computed once here, not by several threads
+    _ = loader.most, loader.length  # computed once here, not by several threads
     pool = ThreadPoolExecutor(workers, thread_name_prefix="mud-puppy-data")
     try:
         steps = iter(range(start, stop))
@@ -171,5 +180,5 @@ def _order(seed: int, epoch: int, count: int) -> Int64[np.ndarray, " n"]:
     return order
 
 
-def _lengths(examples: Sequence[Example]) -> Int64[np.ndarray, " n"]:
-    return np.array([len(example.tokens) for example in examples], np.int64)
+def _sizes(examples: Sequence[AnyExample]) -> Int64[np.ndarray, " n"]:
+    return np.array([example.size for example in examples], np.int64)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mud_puppy.data.example import SKIP_HINT, BadRows
 from mud_puppy.data.files import READERS, Line, read_hub
 from mud_puppy.data.formats import convert
+from mud_puppy.data.report import SKIP_HINT, BadRows
 from mud_puppy.errors import UserError, nearest_file
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from mud_puppy.data.formats import Columns
+from mud_puppy.data.fields import Columns
 from mud_puppy.errors import UserError
 
 # A fast tokenizer of transformers; Any, so that importing this room does not import transformers.

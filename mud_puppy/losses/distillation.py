@@ -1,6 +1,7 @@
 r"""Distillation: the student's distribution over the vocabulary against a teacher's."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,8 @@ def generalized_jsd(
 
 
 def distill(
-    scores: dict[str, Float[Array, "B T"]],
-    batch: dict[str, Float[Array, "B T"]],
+    scores: dict[str, Any],
+    batch: dict[str, Array],
     weight_sum: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Metrics]:
     """The mean of scores["divergence"] [B, T] (`generalized_jsd` at each position) over the tokens

@@ -1,5 +1,7 @@
 r"""Kahneman-Tversky optimization: answers that are good or bad by themselves, without a partner."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.nn import sigmoid
@@ -11,7 +13,7 @@ KINDS = ("kto", "apo_zero_unpaired")
 
 
 def kto(
-    scores: dict[str, Float[Array, "..."]],
+    scores: dict[str, Any],
     batch: dict[str, Array],
     weight_sum: Float[Array, ""],
     *,
@@ -29,8 +31,8 @@ def kto(
     (https://arxiv.org/abs/2408.06266, Eq. 7, of single answers) and couples nothing.
 
     scores["logps"], ["reference_logps"]: [*S], sums over an answer's tokens; scores["kl_logps"],
-    ["reference_kl_logps"]: the same of the answers that z is estimated by, in any shape, with
-    batch["kl_weights"] 1 or 0 (none of the three for apo_zero_unpaired).
+    ["reference_kl_logps"]: [*S], the same of the answers that z is estimated by, one beside each
+    (neither for apo_zero_unpaired).
     batch["labels"]: [*S], 1 good or 0 bad; batch["answer_weights"]: [*S], 0 for filling.
     weight_sum: the answers of the whole step. Metrics: loss, kl, rewards/chosen and /rejected (beta
     times log-ratios of good and of bad answers). ValueError for an unknown loss.
@@ -38,7 +40,7 @@ def kto(
     >>> one = jnp.ones(1)
     >>> scores = {"logps": -one, "reference_logps": -2 * one}
     >>> scores |= {"kl_logps": -3 * one, "reference_kl_logps": -3.5 * one}
-    >>> batch = {"labels": one, "answer_weights": one, "kl_weights": one}
+    >>> batch = {"labels": one, "answer_weights": one}
     >>> value, _ = kto(scores, batch, jnp.array(1.0), beta=2.0)  # 1 - sigmoid(2 * (1 - 0.5))
     >>> round(float(value), 4)
     0.2689
@@ -48,7 +50,7 @@ def kto(
     weights, good = batch["answer_weights"], batch["labels"] > 0
     reference = jax.lax.stop_gradient(scores["reference_logps"])
     ratio = jnp.where(weights > 0, scores["logps"] - reference, 0.0)
-    kl = estimate_kl(scores, batch["kl_weights"]) if loss == "kto" else jnp.float32(0)
+    kl = estimate_kl(scores, weights) if loss == "kto" else jnp.float32(0)
     chosen = desirable_weight * (1 - sigmoid(beta * (ratio - kl)))
     rejected = undesirable_weight * (1 - sigmoid(beta * (kl - ratio)))
     losses = jnp.where(good, chosen, rejected) * weights
@@ -60,9 +62,7 @@ def kto(
     return losses.sum() / weight_sum, metrics
 
 
-def estimate_kl(
-    scores: dict[str, Float[Array, "..."]], weights: Float[Array, "..."]
-) -> Float[Array, ""]:
+def estimate_kl(scores: dict[str, Any], weights: Float[Array, "..."]) -> Float[Array, ""]:
     """z: the mean of log(policy / reference) over answers to other prompts, at least 0."""
     ratio = jnp.where(weights > 0, scores["kl_logps"] - scores["reference_kl_logps"], 0.0)
     mean = (ratio * weights).sum() / jnp.maximum(weights.sum(), 1.0)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ class Settings:
 
 
 def dpo(
-    scores: dict[str, Float[Array, "*P"]],
+    scores: dict[str, Any],
     batch: dict[str, Array],
     weight_sum: Float[Array, ""],
     *,

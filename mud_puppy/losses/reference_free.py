@@ -1,6 +1,7 @@
 r"""Losses of pairs that need no reference policy: ORPO, CPO and SimPO with AlphaPO."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
 
 
 def orpo(
-    scores: dict[str, Float[Array, "*P"]],
+    scores: dict[str, Any],
     batch: dict[str, Array],
     weight_sum: Float[Array, ""],
     *,
@@ -49,7 +50,7 @@ def orpo(
 
 
 def cpo(
-    scores: dict[str, Float[Array, "*P"]],
+    scores: dict[str, Any],
     batch: dict[str, Array],
     weight_sum: Float[Array, ""],
     *,

@@ -1,5 +1,7 @@
 """Losses of reward models: the better of two answers, how good one is, which steps are right."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
@@ -9,8 +11,8 @@ from mud_puppy.losses.pairs import Metrics, pair_metrics
 
 
 def reward(
-    scores: dict[str, Float[Array, "*P"]],
-    batch: dict[str, Float[Array, "*P"]],
+    scores: dict[str, Any],
+    batch: dict[str, Array],
     weight_sum: Float[Array, ""],
     *,
     centering: float = 0.0,
@@ -37,8 +39,8 @@ def reward(
 
 
 def reward_regression(
-    scores: dict[str, Float[Array, "*S"]],
-    batch: dict[str, Float[Array, "*S"]],
+    scores: dict[str, Any],
+    batch: dict[str, Array],
     weight_sum: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Metrics]:
     r"""Mean squared error of rewards against labels: $\sum_i w_i (s_i - y_i)^2 / W$.
@@ -59,7 +61,7 @@ def reward_regression(
 
 
 def process_reward(
-    scores: dict[str, Float[Array, "..."]], batch: dict[str, Array], weight_sum: Float[Array, ""]
+    scores: dict[str, Any], batch: dict[str, Array], weight_sum: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Metrics]:
     r"""Cross-entropy of a step's label (https://arxiv.org/abs/2305.20050), read at its last token.
 

@@ -93,7 +93,8 @@ class Arch:
     width ("width"). qkv_by_head: a fused projection is q, k, v of one head after the other.
     interleaved: rope rotates neighbours (2 d, 2 d + 1), not (d, d + hd / 2). biases: modules that
     have one. renames: (HF's path of a module, ours). modules: HF's names of embedding, layers and
-    head.
+    head. task: what the head gives: "lm", logits of the next token; "sequence" or "token",
+    `labels` scores of a text or of each token (`families.heads`).
     """
 
     family: str
@@ -131,6 +132,8 @@ class Arch:
     tied: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     modules: tuple[str, str, str] = ("model.embed_tokens", "model.layers.", "lm_head")
+    task: str = "lm"
+    labels: int = 0
     init_std: float = 0.02
     config: str = "{}"
 
@@ -160,6 +163,7 @@ class Arch:
             "head": self.heads,
             "kv_head": self.kv_heads,
             "one": 1,
+            "labels": self.labels,
         }
         if self.experts is not None:
             sizes |= {

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from mud_puppy.errors import UserError
 from mud_puppy.model.arch import Arch, Layer
 from mud_puppy.model.balance import Routing, no_routing, routing_of
 from mud_puppy.model.block import run_block
@@ -23,7 +24,17 @@ from mud_puppy.parallel import split_batch, split_lookup
 from mud_puppy.weights import embed, linear
 from mud_puppy.weights.tree import at_repeat, repeats, spans
 
-__all__ = ["Cache", "Inputs", "decode", "head", "logits", "make_cache", "scan_layers"]
+__all__ = [
+    "Cache",
+    "Inputs",
+    "decode",
+    "head",
+    "logits",
+    "make_cache",
+    "outputs",
+    "scan_layers",
+    "score_head",
+]
 
 Tree = Any
 
@@ -142,7 +153,13 @@ def _period(
 
 
 def head(params: Tree) -> Any:
-    """The output head [V, D]: its own leaf, or the embedding where they are tied."""
+    """The output head [V, D]: its own leaf, or the embedding where they are tied. UserError for a
+    classification model, which has none."""
+    if "score" in params:
+        raise UserError(
+            "a classification model gives scores, not the next token's logits: load its language "
+            "model for that"
+        )
     return params.get("head", params["embed"])
 
 
@@ -151,3 +168,18 @@ def logits(arch: Arch, params: Tree, hidden: Float[Array, "B T D"]) -> Float[Arr
     if arch.logit_softcap is None:
         return y
     return arch.logit_softcap * jnp.tanh(y / arch.logit_softcap)
+
+
+def score_head(hidden: Float[Array, "*B D"], params: Tree) -> Float[Array, "*B labels"]:
+    """A classification model's scores of hidden states (`Model.forward`'s, of all tokens or some),
+    float32: `hidden @ weight.T + bias`, without bias where there is none."""
+    own = params["score"]
+    # float32 without TF32: the products are few, and rewards differ by little.
+    wide = (x.astype(jnp.float32) for x in (hidden, own["weight"]))
+    y = jnp.einsum("...d,ld->...l", *wide, precision=jax.lax.Precision.HIGHEST)
+    return y + own["bias"].astype(jnp.float32) if "bias" in own else y
+
+
+def outputs(arch: Arch, params: Tree, hidden: Float[Array, "B T D"]) -> Float[Array, "B T _"]:
+    """What the model's head gives at every position: logits, or scores."""
+    return logits(arch, params, hidden) if arch.task == "lm" else score_head(hidden, params)

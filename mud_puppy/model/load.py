@@ -22,7 +22,7 @@ from mud_puppy.model.files import find_model, open_tensors
 from mud_puppy.model.gguf import open_gguf
 from mud_puppy.model.gguf_codes import GgufCodes, say_decoded
 from mud_puppy.model.hf_config import read_config_file, to_config
-from mud_puppy.model.module import Model, axes, build, path_in_table
+from mud_puppy.model.module import Model, axes, build, layout, path_in_table
 from mud_puppy.model.names import flatten, hf_names, unflatten
 from mud_puppy.model.quantized_files import Codes, take_config
 from mud_puppy.model.read import blocks, read_leaf
@@ -140,14 +140,20 @@ def abstract(
     if not isinstance(source, str | Path):
         config = to_config(copy.deepcopy(source))
         take_config(config)
-        model, shapes = build(read_config(config))
+        model, _ = build(read_config(config))
     else:
         path = find_model(source, weights=False, code=trust_remote_code)
         config = open_gguf(path)[0] if path.is_file() else read_config_file(path, trust_remote_code)
         take_config(config)
-        model, shapes = build(_read_arch(config, path), _lasting(source))
-    kind = jnp.dtype(dtype)
-    return model, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind), shapes)
+        model, _ = build(_read_arch(config, path), _lasting(source))
+    table = rows(model.arch)
+
+    def leaf(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        wide = table[path_in_table(path)].wide
+        return jax.ShapeDtypeStruct(shape, jnp.dtype("float32" if wide else dtype))
+
+    # As every tree that JAX has been through: names in order.
+    return model, jax.tree.map(lambda shape: shape, layout(model.arch, leaf))
 
 
 def stored_codes(source: str | Path, trust_remote_code: bool = False) -> str | None:

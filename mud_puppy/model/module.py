@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mud_puppy.model.arch import Arch, Layer
 from mud_puppy.model.balance import router_losses
-from mud_puppy.model.decoder import Cache, Inputs, decode, logits, scan_layers
+from mud_puppy.model.decoder import Cache, Inputs, decode, outputs, scan_layers
 from mud_puppy.model.families import FAMILIES, Row, rows
 from mud_puppy.weights.peft_names import PeftNames
 from mud_puppy.weights.tree import stack
@@ -51,6 +51,7 @@ class Model:
             *self.arch.modules,
             conv1d=bool(family.transposed - family.stacked),
             stacked=tuple(path.split("/")[-1] for path in stacked),
+            task=self.arch.task,
         )
 
     def __call__(
@@ -60,8 +61,9 @@ class Model:
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits, float32."""
-        return _logits(self, params, Inputs(tokens, positions, segment_ids))
+        """Logits, float32; of a classification model the scores [B, T, labels] at every position: a
+        sequence's own is that of its last token."""
+        return _outputs(self, params, Inputs(tokens, positions, segment_ids))
 
     def forward(
         self,
@@ -80,9 +82,9 @@ class Model:
 
 # Compiled: run eagerly, every call would trace and compile the scan over the layers again.
 @partial(jax.jit, static_argnums=0)
-def _logits(model: Model, params: Tree, inputs: Inputs) -> Float[Array, "B T V"]:
+def _outputs(model: Model, params: Tree, inputs: Inputs) -> Float[Array, "B T V"]:
     hidden, _, _ = model.forward(params, inputs)
-    return logits(model.arch, params, hidden)
+    return outputs(model.arch, params, hidden)
 
 
 class Decoder(nnx.Module):
@@ -95,7 +97,7 @@ class Decoder(nnx.Module):
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         params = params_of(self)
         hidden, *_ = decode(self.arch, params, Inputs(tokens), None, scan_layers)
-        return logits(self.arch, params, hidden)
+        return outputs(self.arch, params, hidden)
 
 
 class _Node(nnx.Module):
@@ -144,7 +146,7 @@ def layout(arch: Arch, leaf: Callable[[str, tuple[int, ...]], Any]) -> Tree:
     for path, row in rows(arch).items():
         shape = tuple(arch.sizes[axis] for axis in row.axes)
         if not path.startswith("layers/"):
-            tree[path] = leaf(path, shape)
+            _insert(tree, path, leaf(path, shape))
             continue
         groups = tree.setdefault("layers", [[{} for _ in range(p)] for p, _ in arch.groups])
         inner, start = path.removeprefix("layers/"), 0
@@ -197,15 +199,16 @@ def init(
     Leaf by leaf, so that no more than one leaf exists in float32 beside the result; with `on_leaf`,
     which is `load`'s, one layer of it.
     """
-    count, kind = itertools.count(), jnp.dtype(dtype)
+    count, table = itertools.count(), rows(arch)
 
     def leaf(path: str, shape: tuple[int, ...]) -> Any:
         ones = jnp.zeros if arch.norm_offset else jnp.ones
         fill = {"norm": ones, "bias": jnp.zeros}.get(path[-4:])
         own = key if fill else jax.random.fold_in(key, next(count))
+        kind = jnp.dtype("float32" if table[path_in_table(path)].wide else dtype)
 
         def values(own: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
-            return fill(shape, dtype) if fill else _normal(own, shape, arch.init_std, kind)
+            return fill(shape, kind) if fill else _normal(own, shape, arch.init_std, kind)
 
         if on_leaf is None:
             return values(own, shape)

@@ -134,7 +134,7 @@ class Codes:
                 why = "the layers or experts of one weight are stored in different ways"
             why = next((kind.why for kind in kinds if not kind.codes), why)
             if not _is_linear(leaf):
-                why = "here they are no linears (routers of experts)"
+                why = "here they are no linears (routers of experts, heads of scores)"
             if why:
                 decoded.add(leaf)
                 coded = sum(weight in self.parts for weight in weights)
@@ -168,8 +168,10 @@ class Codes:
 
 
 def _is_linear(leaf: str) -> bool:
-    """Whether a leaf is a weight that layers take in codes: no norm, bias or router."""
-    return leaf in ("embed", "head") or leaf.endswith("/weight")
+    """Whether a leaf is a weight that layers take in codes: no norm, bias, router or
+    head of scores."""
+    inside = leaf.startswith("layers/") and leaf.endswith("/weight")
+    return inside or leaf in ("embed", "head")
 
 
 def _check_finite(stored: Stored, values: np.ndarray) -> None:

@@ -31,6 +31,7 @@ RULES: dict[str, str | None] = {
     "head_dim": None,
     "rank": None,
     "one": None,
+    "labels": None,
     "experts": None,
     "expert_mlp": None,
     "expert_gate_up": None,

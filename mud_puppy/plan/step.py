@@ -7,6 +7,7 @@ step, for the devices of any mesh: those at hand, or a card that only a compiler
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,10 @@ from mud_puppy.config import DTYPES, Config
 from mud_puppy.model import Model, abstract, axes, resize_embeddings
 from mud_puppy.parallel import batch_devices, batch_sharding, replicated, shardings
 from mud_puppy.plan.cost import flops
+from mud_puppy.run.kinds import kind_of
 from mud_puppy.run.prepare import computed, program, scheme, transformed
+from mud_puppy.run.reference import kept_of
+from mud_puppy.run.vocabulary import with_scores
 from mud_puppy.weights import partition, quantize
 
 Tree = Any
@@ -67,21 +71,24 @@ def build(config: Config, source: Any, mesh: Mesh, rows: int, length: int) -> St
     model, params = shapes_of(config, source)
     params = _placed(params, shardings(mesh, axes(model.arch), params))
     made = program(config, model, params, mesh, total_steps=1000)
+    kept = jax.eval_shape(partial(kept_of, config), params)
+    if kept is not None:
+        kept = _placed(kept, shardings(mesh, axes(model.arch), kept))
     train, frozen = partition(params)
     state = _placed(jax.eval_shape(made.init, train), made.places)
-    batch = _batch(mesh, config.gradient_accumulation, rows, length)
-    traced = made.step.trace(state, frozen, None, batch)
-    kept = _kept(made.loss, train, frozen, batch)
+    batch = _batch(config, mesh, rows, length)
+    traced = made.step.trace(state, frozen, kept, batch)
+    saved = _residuals(made.loss, train, frozen, kept, batch)
     share = batch_devices(mesh) if rows % batch_devices(mesh) == 0 else 1
     trained = _bytes(train)
     held = Held(
-        weights=_bytes(frozen) + (0 if config.adapts else trained),
+        weights=_bytes(frozen) + _bytes(kept) + (0 if config.adapts else trained),
         adapter=trained if config.adapts else 0,
         optimizer=_bytes(replace(state, train=None)),
         batch=_bytes(batch),
         gradients=trained,
-        activations=kept[jax.memory.Space.Device] // share,
-        offloaded=kept[jax.memory.Space.Host] // share,
+        activations=saved[jax.memory.Space.Device] // share,
+        offloaded=saved[jax.memory.Space.Host] // share,
         looked_up=_bytes(frozen["embed"]) if "head" in params else 0,
     )
     return Step(traced, held, flops(traced.jaxpr.jaxpr))
@@ -94,9 +101,10 @@ def shapes_of(config: Config, source: Any) -> tuple[Model, Tree]:
     # The most that they can be: a plan looks at no tokenizer, which may have some of them.
     most = model.arch.vocab_size + len(config.added_tokens or ())
     model, shapes = resize_embeddings(model, shapes, most)
+    model, shapes = with_scores(config, model, shapes)
 
     def change(params: Tree) -> Tree:
-        if config.method == "qlora":
+        if config.trains == "qlora":
             params = quantize(params, **asdict(scheme(config)))
         return transformed(config, params)
 
@@ -109,24 +117,22 @@ def _placed(shapes: Tree, places: Tree) -> Tree:
     )
 
 
-def _batch(mesh: Mesh, accumulation: int, rows: int, length: int) -> dict[str, Any]:
-    """Shapes of what `data.loader` makes."""
-    shape, place = (accumulation, rows, length), batch_sharding(mesh, 3)
-    if rows % batch_devices(mesh):
-        place = replicated(mesh)
-    kinds = dict.fromkeys(("tokens", "positions", "segment_ids", "targets"), jnp.int32)
+def _batch(config: Config, mesh: Mesh, rows: int, length: int) -> dict[str, Any]:
+    """Shapes of what `data.loader` makes, of rows with one example each."""
+    place = replicated(mesh) if rows % batch_devices(mesh) else batch_sharding(mesh, 3)
+    lead = config.gradient_accumulation, rows
     return {
-        name: jax.ShapeDtypeStruct(shape, kind, sharding=place)
-        for name, kind in (kinds | {"weights": jnp.float32}).items()
+        name: jax.ShapeDtypeStruct((*lead, *x.shape[1:]), x.dtype, sharding=place)
+        for name, x in kind_of(config).empty(length).items()
     }
 
 
-def _kept(loss: Any, train: Tree, frozen: Tree, batch: Tree) -> dict[Any, int]:
+def _residuals(loss: Any, train: Tree, frozen: Tree, kept: Tree, batch: Tree) -> dict[Any, int]:
     """Bytes that the forward pass of one accumulation keeps for the backward pass, by where."""
     micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
 
     def residuals(train: Tree, frozen: Tree, micro: Tree, key: Any) -> Any:
-        return jax.vjp(lambda t: loss(t, frozen, None, micro, key, jnp.float32(1))[0], train)[1]
+        return jax.vjp(lambda t: loss(t, frozen, kept, micro, key, jnp.float32(1))[0], train)[1]
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     jaxpr = jax.make_jaxpr(residuals)(train, frozen, micro, key).jaxpr

@@ -1,5 +1,6 @@
 """The run's data: rows read, split, tokenized and packed, as the config says."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,18 +8,17 @@ from typing import Any
 
 from mud_puppy.config import Config
 from mud_puppy.data import (
+    AnyExample,
     EncodeOptions,
-    Example,
     Loader,
-    Row,
     batch_size_for,
-    encode,
     read_rows,
     row_length,
     split,
 )
 from mud_puppy.errors import UserError
 from mud_puppy.model import Arch, Model
+from mud_puppy.run.kinds import kind_of
 from mud_puppy.run.prompts import Prompt, choose_prompts
 from mud_puppy.sampling import context_length
 
@@ -38,30 +38,27 @@ def load_data(config: Config, model: Model, tokenizer: Any, batch_devices: int) 
     """Reads and tokenizes everything; a fault in the data, or data that the model is not made for,
     is found before its weights are read."""
     rows = list(_read(config.dataset, config))
-    held: list[Row] = []
+    held: list[Any] = []
     if config.eval_dataset is not None:
         held = list(_read(config.eval_dataset, config))
     elif config.eval_split is not None:
         rows, held = split(rows, config.eval_split, config.seed)
     what = "observed" if config.method == "gptq" else "train"
-    train = _loader(rows, config, tokenizer, batch_devices, what)
-    _check_fit(train.examples, config, model.arch, tokenizer)
+    train = _loader(rows, config, model.arch, tokenizer, batch_devices, what)
     evaluation = None
     if held:
-        evaluation = _loader(held, config, tokenizer, batch_devices, "eval")
-        _check_fit(evaluation.examples, config, model.arch, tokenizer)
+        evaluation = _loader(held, config, model.arch, tokenizer, batch_devices, "eval")
     return RunData(train, evaluation, choose_prompts(config, model, tokenizer, held or rows))
 
 
 def eval_data(config: Config, model: Model, tokenizer: Any) -> Loader:
     """All of `dataset` in order, to be measured or observed, not trained on."""
-    loader = _loader(list(_read(config.dataset, config)), config, tokenizer, 1, "eval")
-    _check_fit(loader.examples, config, model.arch, tokenizer)
-    return loader
+    rows = list(_read(config.dataset, config))
+    return _loader(rows, config, model.arch, tokenizer, 1, "eval")
 
 
-def _read(source: str, config: Config) -> tuple[Row, ...]:
-    found = read_rows(source, config.on_bad_rows)
+def _read(source: str, config: Config) -> tuple[Any, ...]:
+    found = read_rows(source, config.on_bad_rows, convert=kind_of(config).convert)
     for message in found.bad.messages:
         log.warning("bad row left out: %s", message)
     if found.bad.count:
@@ -72,7 +69,7 @@ def _read(source: str, config: Config) -> tuple[Row, ...]:
 
 
 def _loader(
-    rows: list[Row], config: Config, tokenizer: Any, batch_devices: int, what: str
+    rows: list[Any], config: Config, arch: Arch, tokenizer: Any, batch_devices: int, what: str
 ) -> Loader:
     options = EncodeOptions(
         chat_template=config.chat_template,
@@ -83,7 +80,9 @@ def _loader(
         on_bad_rows=config.on_bad_rows,
         preprocess_workers=config.preprocess_workers,
     )
-    data = encode(rows, tokenizer, options)
+    kind = kind_of(config, json.loads(arch.config).get("pad_token_id"))
+    data = kind.encode(rows, tokenizer, options)
+    _check_fit(data.examples, config, arch, tokenizer)
     for line in data.report.lines():
         log.warning("%s: %s", what, line)
     length = row_length(data.examples, config.max_seq_length, config.pack_sequences)
@@ -99,6 +98,7 @@ def _loader(
         pack=config.pack_sequences,
         seed=config.seed,
         shuffle=train,
+        collate=kind.collate_of(data.examples),
     )
     told = loader.describe()
     log.info(
@@ -127,11 +127,11 @@ def rows_of(config: Config, length: int, batch_devices: int) -> int:
     return config.batch_size
 
 
-def _check_fit(examples: Sequence[Example], config: Config, arch: Arch, tokenizer: Any) -> None:
+def _check_fit(examples: Sequence[AnyExample], config: Config, arch: Arch, tokenizer: Any) -> None:
     """No example beyond the model's positions (RoPE extrapolates badly) or vocabulary (a lookup
     beyond the embedding would take its last row, without a word)."""
     most = context_length(arch)
-    for example in examples:
+    for example in (one for built in examples for one in built.sequences):
         if len(example.tokens) > most:
             raise UserError(
                 f"max_seq_length {config.max_seq_length}: {example.where} has "

@@ -23,11 +23,12 @@ from mud_puppy.model.load import stored_codes
 from mud_puppy.parallel import batch_sharding, like, replicated, shardings
 from mud_puppy.parallel.host import check_offload
 from mud_puppy.run.loop import means
-from mud_puppy.run.methods import SFT, Method
+from mud_puppy.run.methods import Method, method_of
 from mud_puppy.run.optimizer import make_optimizer
+from mud_puppy.run.reference import kept_of, reference
 from mud_puppy.run.schedule import schedule
 from mud_puppy.run.step import State, init_state, make_eval, make_loss, make_step
-from mud_puppy.run.vocabulary import with_room
+from mud_puppy.run.vocabulary import SCORES, run_tokenizer, with_room, with_scores
 from mud_puppy.weights import (
     Lora,
     Scheme,
@@ -90,6 +91,9 @@ def load_params(config: Config, mesh: Mesh) -> tuple[Model, Tree]:
         keep_codes=config.quant_backend == "stored",
     )
     model, params = with_room(config, model, params)
+    if config.method in SCORES:
+        pad = run_tokenizer(config).pad_token_id
+        model, params = with_scores(config, model, params, pad)
     params = transformed(config, params)
     params = jax.device_put(params, shardings(mesh, axes(model.arch), params))
     return computed(config, model), params
@@ -140,7 +144,7 @@ def _with_adapters(config: Config, params: Tree) -> Tree:
 
 def _encodes(config: Config) -> bool:
     """Whether the run makes codes of what it reads."""
-    return config.method == "qlora" and config.quant_backend != "stored"
+    return config.trains == "qlora" and config.quant_backend != "stored"
 
 
 def scheme(config: Config) -> Scheme:
@@ -192,7 +196,7 @@ def router_penalties(config: Config) -> dict[str, float]:
 def _check_stored(config: Config, layout: str) -> None:
     """UserError for a checkpoint in codes, where the method would train or make them."""
     codes = f"{config.model}: the model's weights are in codes ({layout})"
-    if config.method in ("full", "qat"):
+    if config.trains in ("full", "qat"):
         raise UserError(f"{codes}, which do not train: use method lora, or the unquantized model")
     if _encodes(config):
         raise UserError(f"{codes} already: use method lora (or quant_backend stored)")
@@ -213,8 +217,8 @@ def _set_dropout(params: Tree, rate: float) -> Tree:
 class Program:
     """What a run compiles, from params or from their shapes alone.
 
-    init(train) -> State, step(state, frozen, reference, batch) -> (state, metrics) and
-    evaluate(train, frozen, reference, batch) -> metrics are jitted; the first two give their first
+    init(train) -> State, step(state, frozen, kept, batch) -> (state, metrics) and
+    evaluate(train, frozen, kept, batch) -> metrics are jitted; the first two give their first
     argument's buffers away. `loss` is the step's own (`run.step.make_loss`), `places` the state's
     shardings.
     """
@@ -232,9 +236,11 @@ def program(
     params: Tree,
     mesh: Mesh,
     total_steps: int,
-    method: Method = SFT,
+    method: Method | None = None,
 ) -> Program:
-    """The run's functions with their outputs pinned to the mesh; params may be shapes."""
+    """The run's functions with their outputs pinned to the mesh; params may be shapes. method: None
+    for the config's own."""
+    method = method_of(config) if method is None else method
     train, _ = partition(params)
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
     rate = schedule(
@@ -279,29 +285,33 @@ def prepare(
     params: Tree,
     mesh: Mesh,
     total_steps: int,
-    method: Method = SFT,
+    method: Method | None = None,
 ) -> Prepared:
     """Optimizer state on the mesh and the jitted step; nothing is compiled yet."""
+    method = method_of(config) if method is None else method
     compiled = program(config, model, params, mesh, total_steps, method)
+    kept = kept_of(config, params)
     train, frozen = partition(params)
     # Given away, because a second copy of what trains may not fit.
     state = compiled.init(train)
 
     def one_step(state: State, batch: dict[str, np.ndarray]) -> tuple[State, Tree]:
-        return compiled.step(state, frozen, None, put_batch(batch, mesh))
+        return compiled.step(state, frozen, kept, put_batch(batch, mesh))
 
     def whole_set(state: State, batches: Any) -> dict[str, float]:
-        return on_batches(state.train, frozen, batches)
+        return on_batches(state.train, frozen, kept, batches)
 
     def measure(params: Tree, batches: Any) -> dict[str, float]:
-        return on_batches(params, jax.tree.map(lambda x: None, params), batches)
+        # Of other params the reference is still that of the run.
+        before = reference(kept, state.train, frozen) if method.reference else None
+        return on_batches(params, jax.tree.map(lambda x: None, params), before, batches)
 
-    def on_batches(train: Tree, frozen: Tree, batches: Any) -> dict[str, float]:
-        sums = [compiled.evaluate(train, frozen, None, put_batch(b, mesh)) for b in batches]
+    def on_batches(train: Tree, frozen: Tree, kept: Tree, batches: Any) -> dict[str, float]:
+        sums = [compiled.evaluate(train, frozen, kept, put_batch(b, mesh)) for b in batches]
         return {f"eval_{name}": value for name, value in means(sums).items()}
 
     def lower(batch: dict[str, np.ndarray]) -> jax.stages.Lowered:
-        return compiled.step.lower(state, frozen, None, put_batch(batch, mesh))
+        return compiled.step.lower(state, frozen, kept, put_batch(batch, mesh))
 
     return Prepared(model, state, frozen, one_step, whole_set, measure, lower)
 

@@ -4,15 +4,16 @@ from itertools import islice
 from typing import Any
 
 from mud_puppy.config import Config
-from mud_puppy.data import Chat, Row
+from mud_puppy.data import Chat
 from mud_puppy.errors import UserError
 from mud_puppy.model import Model
+from mud_puppy.run.kinds import conversation
 from mud_puppy.sampling.prompts import check, context_length, eos_ids, tokenize
 
 Prompt = str | list[dict[str, Any]]
 
 
-def choose_prompts(config: Config, model: Model, tokenizer: Any, rows: list[Row]) -> list[Prompt]:
+def choose_prompts(config: Config, model: Model, tokenizer: Any, rows: list[Any]) -> list[Prompt]:
     """The prompts named in the config, or what the first conversations ask that leave room.
 
     Raises UserError for a named prompt that does not fit into the model, and for whatever else
@@ -30,7 +31,8 @@ def choose_prompts(config: Config, model: Model, tokenizer: Any, rows: list[Row]
     if not isinstance(config.sample_prompts, int):
         return _named(config, model, tokenizer, config.sample_prompts)
     templated = config.chat_template and bool(tokenizer.chat_template)
-    asked = (_question(row, templated) for row in rows if isinstance(row, Chat))
+    chats = (conversation(row) for row in rows)
+    asked = (_question(chat, templated) for chat in chats if chat is not None)
     # A question that is too long was cut for training; here another is asked instead.
     fitting = (q for q in asked if q and _fits(config, tokenizer, q, room))
     return list(islice(fitting, config.sample_prompts))

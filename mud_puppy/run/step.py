@@ -1,8 +1,8 @@
 """The training step, one for every method: score, loss, gradient, clip, update.
 
 A step's batch has a leading axis of accumulation steps [A, B, ...], scanned. The weight sum is
-counted over all of it before the forward pass, so any split of the batch gives the gradient of the
-whole. Gradients and their sum are float32 because the trained leaves are.
+counted over all of it, in the method's unit, before the forward pass, so any split of the batch
+gives the gradient of the whole. Gradients and their sum are float32 because the trained leaves are.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ from jaxtyping import Array
 from mud_puppy.model import Model
 from mud_puppy.run.methods import Method
 from mud_puppy.run.optimizer import global_norm
+from mud_puppy.run.reference import reference
 from mud_puppy.weights import combine, with_dropout, with_scales
 
 Tree = Any
@@ -65,21 +66,22 @@ def make_step(
     max_grad_norm: float | None,
     penalties: Mapping[str, float] | None = None,
 ) -> Callable[[State, Tree, Tree, Batch], tuple[State, Tree]]:
-    """step(state, frozen, reference, batch) -> (state, metrics); to be jitted by the caller.
+    """step(state, frozen, kept, batch) -> (state, metrics); to be jitted by the caller.
 
-    penalties: of `make_loss`. metrics: {name: (sum, count)} of the loss, and grad_norm (before
-    clipping), learning_rate and, in fp16, loss_scale as (value, 1).
+    kept: what the reference policy has of its own (`run.reference`). penalties: of `make_loss`.
+    metrics: {name: (sum, count)} of the loss, and grad_norm (before clipping), learning_rate and,
+    in fp16, loss_scale as (value, 1).
     """
 
     loss = make_loss(model, method, run_layers, penalties)
 
-    def step(state: State, frozen: Tree, reference: Tree, batch: Batch) -> tuple[State, Tree]:
+    def step(state: State, frozen: Tree, kept: Tree, batch: Batch) -> tuple[State, Tree]:
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
         key = jax.random.fold_in(state.key, state.step)
-        weight_sum = jnp.maximum(batch["weights"].sum(), 1e-6)
+        weight_sum = jnp.maximum(batch[method.unit].sum(), 1e-6)
 
         def scaled_loss(train: Tree, micro: Batch, key: Array) -> tuple[Array, Tree]:
-            value, metrics = loss(train, frozen, reference, micro, key, weight_sum)
+            value, metrics = loss(train, frozen, kept, micro, key, weight_sum)
             return value * scale, metrics
 
         grads, metrics = _accumulate(jax.grad(scaled_loss, has_aux=True), state.train, batch, key)
@@ -108,20 +110,20 @@ def make_loss(
     run_layers: Callable,
     penalties: Mapping[str, float] | None = None,
 ) -> Callable:
-    """loss(train, frozen, reference, micro, key, weight_sum) -> (scalar, metrics) of a batch
-    [B, ...].
+    """loss(train, frozen, kept, micro, key, weight_sum) -> (scalar, metrics) of a batch [B, ...].
 
     penalties: what is added of the model's auxiliary means (`router_losses`), by name, times the
     batch's share of the step's weights.
     """
 
     def loss(
-        train: Tree, frozen: Tree, reference: Tree, micro: Batch, key: Array, weight_sum: Array
+        train: Tree, frozen: Tree, kept: Tree, micro: Batch, key: Array, weight_sum: Array
     ) -> tuple[Array, Tree]:
         params = with_scales(with_dropout(combine(train, frozen), key))
-        scores = method.score(model, params, reference, micro, run_layers)
+        before = reference(kept, train, frozen) if method.reference else None
+        scores = method.score(model, params, before, micro, run_layers)
         value, metrics = method.loss(scores, micro, weight_sum)
-        share = micro["weights"].sum() / weight_sum
+        share = micro[method.unit].sum() / weight_sum
         for name, factor in (penalties or {}).items():
             total, count = scores["aux"][name]
             value += factor * share * total / count
@@ -131,13 +133,14 @@ def make_loss(
 
 
 def make_eval(model: Model, method: Method, run_layers: Callable) -> Callable:
-    """evaluate(train, frozen, reference, batch) -> metrics, as sums, of one batch [A, B, ...]."""
+    """evaluate(train, frozen, kept, batch) -> metrics, as sums, of one batch [A, B, ...]."""
 
-    def evaluate(train: Tree, frozen: Tree, reference: Tree, batch: Batch) -> Tree:
+    def evaluate(train: Tree, frozen: Tree, kept: Tree, batch: Batch) -> Tree:
         params = with_scales(combine(train, frozen))
+        before = reference(kept, train, frozen) if method.reference else None
 
         def body(carry: None, micro: Batch) -> tuple[None, Tree]:
-            scores = method.score(model, params, reference, micro, run_layers)
+            scores = method.score(model, params, before, micro, run_layers)
             return None, method.loss(scores, micro, jnp.float32(1))[1] | scores["aux"]
 
         _, metrics = jax.lax.scan(body, None, batch)

@@ -1,13 +1,19 @@
-"""The run's tokenizer with its `added_tokens`, and a model with a row for each of them."""
+"""The run's tokenizer with its `added_tokens`, and the model that fits: a row for each of them, and
+the head that the method trains."""
 
 from typing import Any
 
+import jax
 from tokenizers import AddedToken
 
 from mud_puppy.config import Config
-from mud_puppy.model import Model, load_tokenizer, resize_embeddings
+from mud_puppy.errors import UserError
+from mud_puppy.model import Model, load_tokenizer, resize_embeddings, with_score_head
 
 Tree = Any
+
+# What the methods that train a head of scores ask of it: the task and its labels.
+SCORES = {"rm": ("sequence", 1), "prm": ("token", 2)}
 
 
 def run_tokenizer(config: Config) -> Any:
@@ -28,3 +34,21 @@ def with_room(
         return model, params
     tokenizer = run_tokenizer(config) if tokenizer is None else tokenizer
     return resize_embeddings(model, params, max(tokenizer.get_vocab().values()) + 1)
+
+
+def with_scores(
+    config: Config, model: Model, params: Tree, pad_token_id: int | None = None
+) -> tuple[Model, Tree]:
+    """The model with a head of scores, where the method trains one and it has none."""
+    if config.method not in SCORES:
+        return model, params
+    task, labels = SCORES[config.method]
+    if model.arch.task != "lm":
+        if (model.arch.task, model.arch.labels) != (task, labels):
+            raise UserError(
+                f"{config.model}: has {model.arch.labels} scores of each {model.arch.task}; method "
+                f"{config.method} trains {labels} of each {task}"
+            )
+        return model, params
+    key = jax.random.key((config.seed + 2) % 2**32)
+    return with_score_head(model, params, labels, task, key=key, pad_token_id=pad_token_id)

@@ -15,6 +15,7 @@ from mud_puppy.weights.lora import (
     with_dropout,
 )
 from mud_puppy.weights.merged import merge_quantized, merged_view
+from mud_puppy.weights.peft import adapter_head
 from mud_puppy.weights.quantize import Scheme, quantize, quantizer
 from mud_puppy.weights.tree import combine, module_names, partition
 
@@ -24,6 +25,7 @@ __all__ = [
     "Int8Dynamic",
     "Lora",
     "Scheme",
+    "adapter_head",
     "add_lora",
     "base_of",
     "check_savable",

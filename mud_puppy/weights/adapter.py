@@ -22,12 +22,14 @@ def load_adapter(params: Tree, folder: str | Path) -> Tree:
     """Puts a PEFT adapter on its modules, above the adapters that they have.
 
     Layers of one stacked weight may differ in rank (the smaller are padded with zeros, which stay
-    zero in training) and in scale. Every tensor of the folder is used, or it is a UserError.
+    zero in training) and in scale. A head of scores that was trained beside them replaces that of
+    `params`. Every tensor of the folder is used, or it is a UserError.
     """
     folder = Path(folder).expanduser()
     shapes: dict[str, tuple[int, int]] = {}
     map_modules(lambda names, w: shapes.update(_shapes(names, w)), lambda name: None, params)
-    parts, dropout = read_adapter(folder, shapes)
+    adapter = read_adapter(folder, shapes)
+    parts = adapter.parts
 
     def adapt(names: list[str], w: Any) -> Any:
         if not any(name in parts for name in names):
@@ -38,17 +40,17 @@ def load_adapter(params: Tree, folder: str | Path) -> Tree:
                 "of a layer are one weight here"
             )
         _check_base(folder, names[0], parts[names[0]], w)
-        return _lora(w, [parts[name] for name in names], dropout)
+        return _lora(w, [parts[name] for name in names], adapter.dropout)
 
-    return map_modules(adapt, parts.__contains__, params)
+    return map_modules(adapt, parts.__contains__, _with_score(folder, params, adapter.score))
 
 
 def save_adapter(model: Any, params: Tree, out: str | Path) -> None:
     """Writes the adapters of `params` as one PEFT folder; `model` says what PEFT calls the modules
     (`Model.peft_names`) and names the base in its config.
 
-    Adapters stacked on one weight become one with their ranks in a row. UserError when there are
-    none, and as `check_savable` says.
+    Adapters stacked on one weight become one with their ranks in a row; a head of scores goes along
+    (PEFT's `modules_to_save`). UserError when there are no adapters, and as `check_savable` says.
     """
     params = jax.tree.map(under_rounding, params, is_leaf=is_weight)
     check_savable(params)
@@ -67,6 +69,7 @@ def save_adapter(model: Any, params: Tree, out: str | Path) -> None:
         model.peft_names,
         max(dropouts),
         model.source or "",
+        {kind: np.asarray(x, np.float32) for kind, x in params.get("score", {}).items()},
     )
 
 
@@ -99,6 +102,22 @@ def check_savable(params: Tree) -> None:
             f"'{kinds[True]}' has a DoRA adapter and '{kinds[False]}' a plain one, which no single "
             "adapter can say: merge the older one into the base first"
         )
+
+
+def _with_score(folder: Path, params: Tree, score: dict[str, np.ndarray]) -> Tree:
+    """`params` with the head of scores that an adapter brings, where it brings one."""
+    if not score:
+        return params
+    given = {kind: x.shape for kind, x in score.items()}
+    have = {kind: x.shape for kind, x in params.get("score", {}).items()}
+    if not have:
+        raise UserError(
+            f"{folder}: holds a head of scores {given}, which this language model has not: give it "
+            "one first (with_score_head)"
+        )
+    if given != have:
+        raise UserError(f"{folder}: holds a head of scores {given}, but the model's is {have}")
+    return {**params, "score": {kind: jnp.asarray(x, jnp.float32) for kind, x in score.items()}}
 
 
 def _shapes(names: list[str], w: Any) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -8,6 +8,7 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 import json
 import math
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from mud_puppy.weights.peft_names import (
     LINEAR_KINDS,
     MAGNITUDE,
     PREFIX,
+    SCORES,
+    TASKS,
     TENSORS,
     ours,
 )
@@ -38,13 +41,24 @@ from mud_puppy.weights.peft_names import (
 _BASE_KINDS = ("base_layer.weight", "weight")
 
 
-def read_adapter(folder: Path, shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, Part], float]:
-    """(parts by our names of modules, dropout). `shapes`: [out, in] of every module there is.
+@dataclass(frozen=True)
+class Adapter:
+    """parts by our names of modules; score: "weight" (and "bias") of the head of scores that was
+    trained beside them, as stored."""
+
+    parts: dict[str, Part]
+    dropout: float = 0.0
+    score: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def read_adapter(folder: Path, shapes: dict[str, tuple[int, int]]) -> Adapter:
+    """`shapes`: [out, in] of every module there is.
 
     UserError for a module that is not in `shapes`, a tensor of another shape, or one left over.
     """
     config = _read_config(folder)
-    modules = _by_module(_read_tensors(folder), folder)
+    score, tensors = _score(_read_tensors(folder), folder)
+    modules = _by_module(tensors, folder)
     parts = {}
     for theirs, tensors in modules.items():
         name = ours(theirs)
@@ -58,11 +72,36 @@ def read_adapter(folder: Path, shapes: dict[str, tuple[int, int]]) -> tuple[dict
         raise UserError(f"{folder / TENSORS}: holds no tensors; save the adapter again")
     # Experts' partners that are there because PEFT asks for them (`with_partners`).
     parts = {n: p for n, p in parts.items() if split_name(n) is None or p.a.any() or p.b.any()}
-    return parts, float(config.get("lora_dropout") or 0.0)
+    return Adapter(parts, float(config.get("lora_dropout") or 0.0), score)
+
+
+def adapter_head(folder: str | Path) -> tuple[str, int] | None:
+    """(task, labels) of the head of scores that an adapter brings, None where it brings none: what
+    its base is given before it loads (`with_score_head`)."""
+    folder = Path(folder).expanduser()
+    config, (score, _) = _read_config(folder), _score(_read_tensors(folder), folder)
+    if not score:
+        return None
+    # TRL's say no task_type. Only token classifiers have a bias.
+    said = config.get("task_type") == TASKS["token"] or "bias" in score
+    return ("token" if said else "sequence"), len(score["weight"])
+
+
+def _score(
+    tensors: dict[str, np.ndarray], folder: Path
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The tensors of a head of scores, by kind, and all others."""
+    kinds = {f"{PREFIX}{name}.{kind}": kind for name in SCORES for kind in ("weight", "bias")}
+    score = {kinds[name]: x for name, x in tensors.items() if name in kinds}
+    if score and ("weight" not in score or score["weight"].ndim != 2):
+        raise UserError(f"{folder / TENSORS}: its head of scores has no weight [labels, D]")
+    return score, {name: x for name, x in tensors.items() if name not in kinds}
 
 
 def _unknown(config: dict[str, Any], folder: Path, name: str, theirs: str) -> UserError:
     why = " (its head is tied to the embedding)" if name == "lm_head" else ""
+    if name in SCORES:
+        why = ' as a linear: a head of scores is trained whole (modules_to_save ["score"])'
     if name.endswith((".gate", ".router")):
         why = " as a linear: adapters of routers do not load"
     base = config.get("base_model_name_or_path") or "another model"
@@ -106,6 +145,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     if config.pop("bias", "none") != "none":
         raise UserError(f"{path}: bias is not 'none'; adapters with trained biases do not load")
+    saved = config.get("modules_to_save")
+    if isinstance(saved, list) and all(name in SCORES for name in saved):
+        del config["modules_to_save"]
     for key, value in config.items():
         if key not in _KNOWN and value:
             raise UserError(f"{path}: {key}={value!r} is not supported")

@@ -10,6 +10,10 @@ LINEAR_KINDS = ("lora_A.weight", "lora_B.weight")
 EMBEDDING_KINDS = ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE = "lora_magnitude_vector"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+# What transformers calls a head of scores, which PEFT saves whole beside the adapters
+# (`modules_to_save`), and PEFT's names of what a model is for (`Arch.task`).
+SCORES = ("score", "classifier")
+TASKS = {"lm": "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
 
 _LAYER = re.compile(r"(?:.*?\.)?(?:layers|h)\.(\d+)\.(.+)")
 _EMBEDDINGS, _HEADS = ("embed_tokens", "wte", "embed_in"), ("lm_head", "embed_out")
@@ -17,15 +21,17 @@ _EMBEDDINGS, _HEADS = ("embed_tokens", "wte", "embed_in"), ("lm_head", "embed_ou
 
 @dataclass(frozen=True)
 class PeftNames:
-    """What PEFT has to know of a family: HF's names of embedding, layers ("model.layers.") and
-    head; conv1d: its linears are transformers' Conv1D; stacked: the experts' modules that are one
-    parameter of all experts in its files, in the order in which their module has them."""
+    """What PEFT has to know of a model: HF's names of embedding, layers ("model.layers.") and head;
+    conv1d: its linears are transformers' Conv1D; stacked: the experts' modules that are one
+    parameter of all experts in its files, in the order in which their module has them; task: what
+    the head gives, one of TASKS."""
 
     embed: str = EMBEDDING
     layers: str = "model.layers."
     head: str = HEAD
     conv1d: bool = False
     stacked: tuple[str, ...] = ()
+    task: str = "lm"
 
     def theirs(self, name: str) -> str:
         """HF's name of one of our modules."""

@@ -31,6 +31,7 @@ from mud_puppy.weights.peft_names import (
     LINEAR_KINDS,
     MAGNITUDE,
     PREFIX,
+    TASKS,
     TENSORS,
     PeftNames,
 )
@@ -45,9 +46,10 @@ def write_adapter(
     names: PeftNames,
     dropout: float,
     base_model: str,
+    score: dict[str, np.ndarray],
 ) -> None:
     """Writes a folder that PEFT loads; parts and shapes ([out, in] of every module of the model) by
-    our names."""
+    our names; score: tensors of a head of scores, none of a language model."""
     parts = {names.theirs(name): part for name, part in parts.items()}
     shapes = {names.theirs(name): shape for name, shape in shapes.items()}
     found = _plain(parts, shapes, names) + _experts_found(parts, shapes, names)
@@ -55,12 +57,15 @@ def write_adapter(
     # parameters of go by the adapter's.
     first = next((own for own in found if own.of_all), None)
     config = _config(found, first) | _base_fields(base_model)
+    config["task_type"] = TASKS[names.task]
+    config["modules_to_save"] = [names.head] if score else None
     config["lora_dropout"] = dropout
     if dropout and (config["target_parameters"] or first):
         log.warning("%s: lora_dropout %s is written as 0: PEFT has none for experts", out, dropout)
         config["lora_dropout"] = 0.0
     config["fan_in_fan_out"] = names.conv1d
     tensors = {f"{PREFIX}{name}": x for own in found for name, x in own.tensors.items()}
+    tensors |= {f"{PREFIX}{names.head}.{kind}": x for kind, x in score.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out / f"{TENSORS}.tmp", metadata={"format": "pt"})
@@ -173,7 +178,6 @@ def _config(found: list[_Found], first: _Found | None) -> dict[str, Any]:
         rank_pattern[f".*{FUSED_TARGET}"], alpha_pattern[f".*{FUSED_TARGET}"] = 2 * rank, 2 * alpha
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
@@ -181,7 +185,6 @@ def _config(found: list[_Found], first: _Found | None) -> dict[str, Any]:
         "target_parameters": sorted(parameters) or None,
         "bias": "none",
         "init_lora_weights": True,
-        "modules_to_save": None,
         "use_rslora": False,
         "use_dora": any(own.dora for own in found),
         "rank_pattern": rank_pattern,

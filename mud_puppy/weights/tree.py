@@ -22,6 +22,8 @@ from mud_puppy.weights.leaf import FakeQuant, Fp8, Int8Dynamic, Lora, base_of, i
 Tree = Any
 Path = tuple[str, ...]
 
+# What trains whole beside adapters: it is new, or belongs to them (PEFT's `modules_to_save`).
+_TRAINED = ("score",)
 _TOP = {"embed": "model.embed_tokens", "head": "lm_head"}
 
 
@@ -195,15 +197,16 @@ def partition(params: Tree) -> tuple[Tree, Tree]:
 
     With adapters in the tree, the outermost adapters train (a, b, magnitude), unless they are
     marked frozen, and the learned ranges of a `FakeQuant`, and all else is frozen; without any,
-    everything trains but codes.
+    everything trains but codes. A head of scores (`model.score_head`) trains in any case.
     """
     leaves = jax.tree.leaves(params, is_leaf=is_weight)
     if not any(isinstance(under_rounding(leaf), Lora) for leaf in leaves):
         floats = jax.tree.map(lambda w: _hole(w) if _coded(w) else w, params, is_leaf=is_weight)
         codes = jax.tree.map(lambda w: w if _coded(w) else _hole(w), params, is_leaf=is_weight)
         return floats, codes
-    train = jax.tree.map(_train_part, params, is_leaf=is_weight)
-    frozen = jax.tree.map(_frozen_part, params, is_leaf=is_weight)
+    own = {name: params[name] for name in _TRAINED if name in params}
+    train = jax.tree.map(_train_part, params, is_leaf=is_weight) | own
+    frozen = jax.tree.map(_frozen_part, params, is_leaf=is_weight) | _hole(own)
     return train, frozen
 
 

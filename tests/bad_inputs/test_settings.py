@@ -10,7 +10,10 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "--method lorra": ("--method: 'lorra' is not one of full, lora", "Did you mean 'lora'?"),
     "--method gptq": ("--max-steps: '2' has no effect: max_steps needs a method other than gptq",),
     "--gptq-bits 3": ("--gptq-bits: '3' has no effect: gptq_bits needs method gptq",),
-    "--quant-backend int8": ("--quant-backend: 'int8' has no effect", "needs method qlora"),
+    "--quant-backend int8": (
+        "--quant-backend: 'int8' has no effect",
+        "needs method (or tune) qlora",
+    ),
     "--method qlora --quant-group 48": ("_proj/weight cannot be quantized", "groups that fit"),
     "--precision fp8": ("cpu has no float8 products", "use --precision bf16"),
     "--method qat --precision fp8": ("--precision: method qat rounds the weights to integers",),
@@ -40,7 +43,9 @@ FLAGS: dict[str, tuple[str, ...]] = {
     ),
     "--sample-prompts \udcff": ("--sample-prompts: ['0', '\\udcff'] is not a count or a list",),
     "--adapter nowhere": ("nowhere: no such adapter folder", "downloaded first"),
-    "--adapter run --method full": ("--adapter: 'run' has no effect: adapter needs method lora",),
+    "--adapter run --method full": (
+        "--adapter: 'run' has no effect: adapter needs method (or tune) lora",
+    ),
     "--eval-dataset d.json": ("d.json does not exist; check the path. Did you mean 'd.jsonl'?",),
 }
 

@@ -160,7 +160,7 @@ def test_prefetch_is_batch_at(workers):
 def test_prefetch_raises_in_place_and_ends_its_threads(workers):
     calls, most = [], 6
 
-    def collate(rows, length):
+    def collate(rows, length, _):
         calls.append(len(calls))
         if len(calls) > most:
             raise RuntimeError("no more")

@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mud_puppy.data.example import SKIP_HINT
 from mud_puppy.data.formats import Chat, Text
+from mud_puppy.data.report import SKIP_HINT
 from mud_puppy.data.rows import read_rows
 from mud_puppy.errors import UserError
 

@@ -28,7 +28,7 @@ FLAGS = {
     "--save-steps 2": ("save_steps" + NEEDS,),
     "--num-workers 2": ("num_workers" + NEEDS,),
     "--lora-r 2": ("lora_r needs a new adapter",),
-    "--quant-backend int4": ("quant_backend needs method qlora",),
+    "--quant-backend int4": ("quant_backend needs method (or tune) qlora",),
     "--dataset nowhere.jsonl": ("nowhere.jsonl does not exist",),
     "--max-seq-length 1024 --dataset long.jsonl": ("the model has 512 positions",),
     "--dataset empty.jsonl": ("holds no rows",),

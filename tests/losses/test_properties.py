@@ -115,7 +115,7 @@ def test_sure_answers_have_finite_odds() -> None:
 
 def test_kl_is_never_below_0_and_has_no_gradient() -> None:
     ones = jnp.ones(3)
-    batch = {"labels": jnp.array([1.0, 0.0, 1.0]), "answer_weights": ones, "kl_weights": ones}
+    batch = {"labels": jnp.array([1.0, 0.0, 1.0]), "answer_weights": ones}
 
     def value(kl: Any) -> Any:
         scores = {"logps": -ones, "reference_logps": -2 * ones}

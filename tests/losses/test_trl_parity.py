@@ -160,7 +160,7 @@ def test_kto(loss: str, labels: str, tokens: dict[str, Any]) -> None:
             "reference_kl_logps": jnp.append(kl[1], 0.0),
         }
         weights = batch["pair_weights"]
-        given = {"labels": jnp.append(good, True), "answer_weights": weights, "kl_weights": weights}
+        given = {"labels": jnp.append(good, True), "answer_weights": weights}
         return losses.kto(own, given, weights.sum(), **settings)[0]
 
     wanted, wanted_grad = theirs(compute, tokens)

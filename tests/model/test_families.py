@@ -140,6 +140,8 @@ MUTATIONS: dict[str, tuple[str, Callable[[Arch], Arch]]] = {
     "Arch.tied": arch("llama 3.1", tied=False),
     "Arch.renames": arch("gpt2", renames=()),
     "Arch.modules": arch("gpt2", modules=("model.wte", "model.h.", "lm_head")),
+    "Arch.task": arch("llama", task="sequence", labels=1),
+    "Arch.labels": arch("llama", labels=1),
     "Arch.init_std": arch("llama", init_std=0.3),
     "Arch.config": arch("llama", config="{}"),
     "Layer.window": layers("mistral", window=None),

@@ -350,15 +350,20 @@ def test_qlora_on_the_codes_of_the_file(
 def test_refusals(llama: Path, chats: Path, tmp_path: Path, capsys: Any) -> None:
     words = [str(llama), str(chats), "--output", str(tmp_path / "out")]
     for flags, line in {
-        ("--quant-group", "32"): "quant_group needs method qlora with quant_backend nf4, int4",
-        ("--quant-embeddings",): "quant_embeddings needs method qlora with a quant_backend that",
-        ("--quant-double",): "quant_double needs method qlora with quant_backend nf4",
+        (
+            "--quant-group",
+            "32",
+        ): "quant_group needs method (or tune) qlora with quant_backend nf4, int4",
+        (
+            "--quant-embeddings",
+        ): "quant_embeddings needs method (or tune) qlora with a quant_backend that",
+        ("--quant-double",): "quant_double needs method (or tune) qlora with quant_backend nf4",
         ("--precision", "fp8"): "stored codes have no float8 products",
     }.items():
         assert cli.main([*words, *STORED, *flags]) == 2
         assert line in capsys.readouterr().err
     assert cli.main([*words, "--quant-backend", "stored"]) == 2
-    assert "quant_backend needs method qlora" in capsys.readouterr().err
+    assert "quant_backend needs method (or tune) qlora" in capsys.readouterr().err
     assert cli.main(["quantize", str(llama), "--to", "stored", "--output", "q"]) == 2
     assert "--to: 'stored' is not one of nf4" in capsys.readouterr().err
 

@@ -6,7 +6,18 @@ and sharding all read the same row. `read_config` makes an `Arch` of a transform
 """
 
 from mud_puppy.model.families.config import read_config
+from mud_puppy.model.families.heads import HEADS, head_of, with_head
 from mud_puppy.model.families.rows import Row, is_buffer, is_left_out, rows
 from mud_puppy.model.families.tables import FAMILIES
 
-__all__ = ["FAMILIES", "Row", "is_buffer", "is_left_out", "read_config", "rows"]
+__all__ = [
+    "FAMILIES",
+    "HEADS",
+    "Row",
+    "head_of",
+    "is_buffer",
+    "is_left_out",
+    "read_config",
+    "rows",
+    "with_head",
+]

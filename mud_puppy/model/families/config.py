@@ -10,6 +10,7 @@ from typing import Any
 
 from mud_puppy.errors import UserError
 from mud_puppy.model.arch import Arch, Experts
+from mud_puppy.model.families.heads import read_head
 from mud_puppy.model.families.layers import read_layers
 from mud_puppy.model.families.tables import FAMILIES
 from mud_puppy.model.mlp import ACTIVATIONS
@@ -62,7 +63,7 @@ def read_config(config: Any) -> Arch:
         "init_std": config.initializer_range,
         "config": json.dumps(fields, sort_keys=True, default=str),
     }
-    arch = Arch(**(known | family.arch(config, kinds)))
+    arch = read_head(Arch(**(known | family.arch(config, kinds))), config)
     if arch.experts is not None:
         _check_experts(arch.experts)
     return arch
@@ -109,7 +110,8 @@ _HARMLESS = (
     "is_encoder_decoder tokenizer_class task_specific_params finetuning_task prefix "
     "unsloth_fixed unsloth_version is_llama_config transformers.js_config auto_map "
     "_num_labels max_sequence_length _attn_implementation_autoset model_max_length "
-    "cache_implementation output_router_logits router_aux_loss_coef router_z_loss_coef"
+    "cache_implementation output_router_logits router_aux_loss_coef router_z_loss_coef "
+    "token_classification_bias"
 ).split()
 # Fields of hub repositories that transformers does not read, at the values that mean what it does.
 _ONLY: dict[str, dict[str, tuple]] = {

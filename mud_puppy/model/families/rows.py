@@ -51,7 +51,9 @@ def rows(arch: Arch) -> dict[str, Row]:
     if arch.learned_positions:
         table["positions"] = Row(("positions", "embed"), family.name("positions") + ".weight")
     table |= _norm(arch, "final_norm", ("embed",), family.name("final_norm"))
-    if not arch.tied:
+    if arch.task != "lm":
+        table |= _scores(arch)
+    elif not arch.tied:
         table["head"] = Row(("vocab", "embed"), f"{head}.weight")
     for name in arch.norms:
         table |= _norm(arch, f"layers/{name}", ("embed",), _layer(arch, family.name(name)))
@@ -62,6 +64,15 @@ def rows(arch: Arch) -> dict[str, Row]:
         table |= _linear(arch, path, axes)
     if arch.experts is not None:
         table |= _router(arch)
+    return table
+
+
+def _scores(arch: Arch) -> dict[str, Row]:
+    """The head of a classification model, which trains beside adapters too: float32."""
+    name = arch.modules[2]
+    table = {"score/weight": Row(("labels", "embed"), f"{name}.weight", wide=True)}
+    if "score" in arch.biases:
+        table["score/bias"] = Row(("labels",), f"{name}.bias", wide=True)
     return table
 
 

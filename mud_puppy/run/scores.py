@@ -1,0 +1,120 @@
+"""What methods ask of a model: arrays by name, from params and a batch of `data`'s collates.
+
+Each score(model, params, reference, batch, run_layers) is one of `Method`. Log-probabilities are
+float32, those of answers sums over their tokens. No gradient reaches `reference`, params of the
+same model, or None for a loss that has none. "aux" holds the auxiliary sums of `Model.forward`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mud_puppy.kernels import token_logps
+from mud_puppy.model import Inputs, Model, head, score_head
+
+Tree = Any
+Batch = dict[str, Array]
+Scores = dict[str, Any]
+
+
+def score_tokens(
+    model: Model, params: Tree, reference: Tree, batch: Batch, run_layers: Callable
+) -> Scores:
+    """ "logps" of every target and "entropy" of every prediction, float32 [B, T]."""
+    hidden, aux = _hidden(model, params, batch, run_layers)
+    softcap = model.arch.logit_softcap
+    logps, entropy = token_logps(hidden, head(params), batch["targets"], softcap=softcap)
+    return {"logps": logps, "entropy": entropy, "aux": aux}
+
+
+def score_pairs(
+    model: Model, params: Tree, reference: Tree, batch: Batch, run_layers: Callable
+) -> Scores:
+    """Of pairs (`data.collate_pairs`): "chosen", "rejected", "nll" [B, M] and, with a reference,
+    "reference_chosen", "reference_rejected"."""
+    found = score_tokens(model, params, None, batch, run_layers)
+    answers = 2 * batch["pair_weights"].shape[-1]
+    chosen, rejected = _pairs(_sums(found["logps"], batch, answers))
+    # Beside the answer's tokens, which `answers` knows, the prompt's may be learned.
+    nll = _of_answers(-found["logps"] * batch["nll_weights"], batch["segment_ids"], answers)
+    scores = {"chosen": chosen, "rejected": rejected, "nll": _pairs(nll)[0], "aux": found["aux"]}
+    if reference is None:
+        return scores
+    logps = _logps(model, reference, batch, run_layers)
+    chosen, rejected = _pairs(_sums(logps, batch, answers))
+    return scores | {"reference_chosen": chosen, "reference_rejected": rejected}
+
+
+def score_rated(
+    model: Model, params: Tree, reference: Tree, batch: Batch, run_layers: Callable
+) -> Scores:
+    """Of rated answers (`data.collate_rated`): "logps", "reference_logps" [B, M] and, if the batch
+    has answers to other prompts, "kl_logps", "reference_kl_logps" [B, M]."""
+    found = score_tokens(model, params, None, batch, run_layers)
+    answers = batch["answer_weights"].shape[-1]
+    scores = {"logps": _sums(found["logps"], batch, answers), "aux": found["aux"]}
+    logps = _logps(model, reference, batch, run_layers)
+    scores["reference_logps"] = _sums(logps, batch, answers)
+    if "kl_tokens" not in batch:
+        return scores
+    other = {name.removeprefix("kl_"): x for name, x in batch.items() if name.startswith("kl_")}
+    for name, of in (("kl_logps", params), ("reference_kl_logps", reference)):
+        scores[name] = _sums(_logps(model, of, other, run_layers), other, answers)
+    return scores
+
+
+def score_rewards(
+    model: Model, params: Tree, reference: Tree, batch: Batch, run_layers: Callable
+) -> Scores:
+    """The rewards of all answers at their last tokens: "values" [B, K]; and of pairs "chosen" and
+    "rejected" [B, M]."""
+    hidden, aux = _hidden(model, params, batch, run_layers)
+    last = jnp.take_along_axis(hidden, batch["ends"][..., None], axis=1)
+    values = score_head(last, params)[..., 0]
+    scores = {"values": values, "aux": aux}
+    if "pair_weights" in batch:
+        scores["chosen"], scores["rejected"] = _pairs(values)
+    return scores
+
+
+def score_steps(
+    model: Model, params: Tree, reference: Tree, batch: Batch, run_layers: Callable
+) -> Scores:
+    """ "logits" [B, T, labels] of every token."""
+    hidden, aux = _hidden(model, params, batch, run_layers)
+    return {"logits": score_head(hidden, params), "aux": aux}
+
+
+def _hidden(
+    model: Model, params: Tree, batch: Batch, run_layers: Callable
+) -> tuple[Float[Array, "B T D"], Tree]:
+    inputs = Inputs(batch["tokens"], batch["positions"], batch["segment_ids"])
+    hidden, _, aux = model.forward(params, inputs, run_layers=run_layers)
+    return hidden, aux
+
+
+def _logps(model: Model, params: Tree, batch: Batch, run_layers: Callable) -> Float[Array, "B T"]:
+    """Log-probabilities of the targets, without a gradient."""
+    still = jax.tree.map(jax.lax.stop_gradient, params)
+    return score_tokens(model, still, None, batch, run_layers)["logps"]
+
+
+def _sums(logps: Float[Array, "B T"], batch: Batch, count: int) -> Float[Array, "B K"]:
+    return _of_answers(logps * batch["weights"], batch["answers"], count)
+
+
+def _of_answers(
+    values: Float[Array, "B T"], answers: Int[Array, "B T"], count: int
+) -> Float[Array, "B K"]:
+    """Sums over the tokens of each answer; answers: 1 + its index in the row, 0 for none. A sum
+    under a mask, and no scatter, so that it is the same each time."""
+    own = answers[:, None, :] == 1 + jnp.arange(count)[None, :, None]
+    return jnp.where(own, values[:, None, :], 0.0).sum(-1)
+
+
+def _pairs(values: Float[Array, "B K"]) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
+    """(chosen, rejected): a row's answers stand in turn."""
+    return values[:, 0::2], values[:, 1::2]

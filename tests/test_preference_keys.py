@@ -1,0 +1,97 @@
+"""Keys of preference tuning and reward models: names, factors, what has no effect or no meaning."""
+
+from typing import Any
+
+import pytest
+
+from mud_puppy import losses
+from mud_puppy.config import Config, preference
+from mud_puppy.config.preference import parse_losses
+from mud_puppy.errors import UserError
+from mud_puppy.losses.kto import KINDS
+from mud_puppy.losses.preference import COUPLED, DIVERGENCES, DIVERGENT, LOSSES, SMOOTHED
+
+BASE = {"model": "m", "dataset": "d", "output": "o", "method": "preference"}
+
+
+def test_names_are_those_of_the_losses() -> None:
+    assert {*preference.DPO} == {*LOSSES, "sft"}
+    assert preference.KTO == KINDS
+    assert SMOOTHED | {"cpo", "simpo"} == preference.SMOOTHED
+    assert preference.DIVERGENT == DIVERGENT
+    assert COUPLED | {"kto"} == preference.COUPLED
+    assert preference.Divergence.__args__ == DIVERGENCES
+    assert all(callable(getattr(losses, name)) for name in preference.REFERENCE_FREE)
+
+
+@pytest.mark.parametrize(
+    ("value", "found", "text"),
+    [
+        ("dpo", {"sigmoid": 1.0}, "dpo"),
+        ("sigmoid", {"sigmoid": 1.0}, "dpo"),
+        ("simpo", {"simpo": 1.0}, "simpo"),
+        ("sigmoid=0.8, sft=0.2", {"sigmoid": 0.8, "sft": 0.2}, "sigmoid=0.8,sft=0.2"),
+        ({"dpo": 0.8, "bco_pair": 1}, {"sigmoid": 0.8, "bco_pair": 1.0}, "sigmoid=0.8,bco_pair=1"),
+        ("ipo=2", {"ipo": 2.0}, "ipo=2"),
+    ],
+)
+def test_losses_and_their_factors(value: Any, found: Any, text: str) -> None:
+    config = Config.load(BASE | {"preference": value})
+    assert (config.losses, config.preference) == (found, text)
+    assert Config.load(config.to_dict()) == config
+    assert parse_losses(text) == found
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("simop", "losses are dpo, .* Did you mean 'simpo'"),
+        ("kto=1,ipo=1", "kto stands alone"),
+        ("sft", "sft alone has no use for the rejected answers"),
+        ("ipo=0", "the factor of ipo must be above 0"),
+        ("dpo,sigmoid", "sigmoid stands twice"),
+        ("ipo=much", "could not convert"),
+        (3, "is not a loss"),
+        ({}, "there is none"),
+    ],
+)
+def test_losses_that_mean_nothing(value: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Config.load(BASE | {"preference": value})
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"method": "lora", "preference": "dpo"}, "preference needs method preference"),
+        ({"method": "lora", "tune": "full"}, "tune needs method preference, rm, prm"),
+        ({"reference": "int8"}, "reference needs .* tune full"),
+        (
+            {"tune": "full", "preference": "simpo", "reference": "int8"},
+            "a loss against a reference",
+        ),
+        ({"preference": "hinge", "label_smoothing": 0.1}, "one of the losses aot, "),
+        ({"preference": "kto", "ld_alpha": 0.5}, "a loss of pairs against a reference"),
+        ({"preference": "nca_pair", "f_divergence": "forward_kl"}, "one of the losses discopop"),
+        ({"f_alpha": 0.3}, "f_divergence alpha_divergence"),
+        ({"preference": "kto", "gradient_accumulation": 2}, "kto compares the answers of a batch"),
+        ({"preference": "aot", "gradient_accumulation": 2}, "aot compares the answers of a batch"),
+        ({"method": "rm", "reward": "labels", "reward_centering": 0.1}, "method rm on pairs"),
+        ({"method": "rm", "sample_prompts": 2}, "a method that gives texts"),
+        ({"precision": "fp8"}, "method preference has no float8 products"),
+        ({"tune": "full", "lora_r": 8}, "lora_r needs a new adapter"),
+        ({"tune": "lora", "quant_backend": "nf4"}, "quant_backend needs"),
+    ],
+)
+def test_keys_without_effect_are_refused(keys: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Config.load(BASE | keys)
+
+
+def test_rates_that_fit() -> None:
+    def rate(**keys: Any) -> float:
+        return Config.load(BASE | keys).learning_rate
+
+    assert rate() == 2e-5 and rate(tune="full") == 1e-6
+    assert rate(method="rm") == 1e-4 and rate(method="prm", tune="full") == 1e-5
+    assert rate(method="lora") == 2e-4 and rate(method="full") == 2e-5

@@ -78,15 +78,15 @@ _NEW_ADAPTER = Need(
 _QLORA = Need("method (or tune) qlora", lambda c: c.trains == "qlora")
 _QAT = Need("method qat", lambda c: c.method == "qat")
 _GROUPS = Need(
-    "method qlora with quant_backend nf4, int4, int8 or fp8 (mxfp4's is 32)",
+    "method (or tune) qlora with quant_backend nf4, int4, int8 or fp8 (mxfp4's is 32)",
     lambda c: c.trains == "qlora" and c.quant_backend not in ("mxfp4", "stored"),
 )
 _ENCODES = Need(
-    "method qlora with a quant_backend that is not stored",
+    "method (or tune) qlora with a quant_backend that is not stored",
     lambda c: c.trains == "qlora" and c.quant_backend != "stored",
 )
 _NF4 = Need(
-    "method qlora with quant_backend nf4",
+    "method (or tune) qlora with quant_backend nf4",
     lambda c: c.trains == "qlora" and c.quant_backend == "nf4",
 )
 _ADAPTER = Need("adapter", lambda c: c.adapter is not None)

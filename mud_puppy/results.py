@@ -19,11 +19,13 @@ from mud_puppy.model.load import check_dtype
 from mud_puppy.model.names import hf_names
 from mud_puppy.model.save import write_tokenizer
 from mud_puppy.parallel import make_mesh
+from mud_puppy.run.adapted import tokenizer_of, with_head_of
 from mud_puppy.run.checkpoint import Checkpoints
 from mud_puppy.run.prepare import load_params, merge_scheme, on_grid, prepare
 from mud_puppy.run.vocabulary import run_tokenizer
 from mud_puppy.weights import (
     Scheme,
+    adapter_head,
     finish_fake_quant,
     load_adapter,
     merge_lora,
@@ -61,19 +63,30 @@ def merge_adapter(
 ) -> None:
     """Base model + PEFT adapter -> one HF folder. The base is read in the dtype it is stored in.
 
-    scheme: codes that the merged model is stored in, from sums in bfloat16, instead of `dtype`.
+    scheme: codes that the merged model is stored in, from sums in bfloat16, instead of `dtype`. The
+    adapter of a reward model, whose base is a language model, makes a reward model of it, with the
+    tokenizer of the adapter.
     """
     check_dtype(dtype)
-    tokenizer = _own_tokenizer(model_source, trust_remote_code)
-    if scheme is None:
-        model, params = load(model_source, dtype=None, trust_remote_code=trust_remote_code)
-        save_merged(model, load_adapter(params, adapter_dir), output, dtype, tokenizer)
-        return
-    merged = partial(merge_quantized, scheme=scheme, dtype="bfloat16")
-    check_codes(*abstract(model_source, trust_remote_code=trust_remote_code), merged)
+    shaped = abstract(model_source, trust_remote_code=trust_remote_code)
+    scores = adapter_head(adapter_dir) is not None
+    if scores:
+        tokenizer = tokenizer_of(model_source, adapter_dir, trust_remote_code)
+    else:
+        tokenizer = _own_tokenizer(model_source, trust_remote_code)
+    pad = tokenizer.pad_token_id if scores else None
+    shaped = with_head_of(*shaped, adapter_dir, pad)
+    if scheme is not None:
+        merged = partial(merge_quantized, scheme=scheme, dtype="bfloat16")
+        check_codes(*shaped, merged)
     model, params = load(model_source, dtype=None, trust_remote_code=trust_remote_code)
-    codes = merged(load_adapter(params, adapter_dir))
-    save_quantized(model, codes, output, tokenizer=tokenizer)
+    model, params = with_head_of(model, params, adapter_dir, pad)
+    params = load_adapter(params, adapter_dir)
+    if scheme is None:
+        save_merged(model, params, output, dtype, tokenizer)
+    else:
+        codes = merge_quantized(params, scheme, "bfloat16")
+        save_quantized(model, codes, output, tokenizer=tokenizer)
 
 
 def quantize_model(

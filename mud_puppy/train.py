@@ -22,6 +22,7 @@ from mud_puppy.gptq import run_gptq
 from mud_puppy.model import Model, abstract
 from mud_puppy.parallel import batch_devices, make_mesh
 from mud_puppy.results import check_result, merged_params, write_merged, write_result
+from mud_puppy.run.cached import with_reference
 from mud_puppy.run.checkpoint import Checkpoints
 from mud_puppy.run.datasets import RunData, load_data
 from mud_puppy.run.loop import Course, Plan, fit
@@ -79,6 +80,7 @@ def train(source: Config | Mapping[str, Any] | str | os.PathLike) -> Result:
 def _run(config: Config, output: Path, run: Prepared, data: RunData, tokenizer: Any) -> Result:
     if config.overwrite:  # only now: whatever is wrong with the inputs has been said
         clear_output(output)
+    data = with_reference(config, output, run, data)
     checkpoints = Checkpoints(output, config.keep_checkpoints)
     state, course = run.state, Course()
     if config.resume and checkpoints.latest() is not None:

@@ -72,4 +72,4 @@ def test_model_is_hashable_and_forward_takes_what_the_contract_says():
     parameters = list(inspect.signature(mp.Model.forward).parameters)
     assert parameters[1:] == ["params", "inputs", "cache", "run_layers"]
     fields = "tokens positions segment_ids embeds embed_index"
-    assert list(mp.Inputs.__dataclass_fields__) == fields.split()
+    assert list(mp.Inputs.__dataclass_fields__) == [*fields.split(), "prefix_ids"]

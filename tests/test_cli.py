@@ -75,6 +75,7 @@ CONTEXT = {
     **{key: {"method": "gptq"} for key in KEYS if key.startswith("gptq_")},
     **{key: PREFERENCE for key in "preference beta ld_alpha label_smoothing f_divergence".split()},
     "tune": PREFERENCE,
+    "shared_prefix": PREFERENCE,
     "reference": PREFERENCE | {"tune": "full"},
     "f_alpha": PREFERENCE | {"f_divergence": "alpha_divergence"},
     "discopop_tau": PREFERENCE | {"preference": "discopop"},
@@ -326,6 +327,7 @@ def opened(monkeypatch):
     )
     monkeypatch.setattr(mp, "load_adapter", lambda *a: seen.append(a) or "P+A", raising=False)
     monkeypatch.setattr(mp, "load_tokenizer", lambda *a, **k: "T", raising=False)
+    monkeypatch.setattr("mud_puppy.commands.talk.check_words", lambda *a: None)
     return seen
 
 

@@ -243,16 +243,29 @@ def test_a_diverging_run_says_so(config, capsys):
     assert error.startswith("mud-puppy: error: the loss became ")
 
 
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "say red", "chosen": "red red", "rejected": "no"}
+    path.write_text(20 * (json.dumps(row) + "\n"))
+    return path
+
+
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 CONFIGS = [path for path in CONFIGS if path.stem != "gptq"]  # test_gptq_run.py
 
 
 @pytest.mark.parametrize("recipe", CONFIGS, ids=lambda path: path.stem)
-def test_every_recipe_trains(recipe, config):
+def test_every_recipe_trains(recipe, config, pairs):
     keys = ("model", "dataset", "output", "mesh", "sample_prompts", "max_seq_length")
     changes = {key: config[key] for key in keys} | {"max_steps": 2}
-    if mp.Config.load(recipe).method == "qlora":
+    method = mp.Config.load(recipe).method
+    if method == "qlora":
         changes["quant_group"] = 16  # the tiny model's rows are 32 and 48 wide
+    if method in ("preference", "rm"):
+        changes["dataset"] = str(pairs)
+    if method == "rm":
+        del changes["sample_prompts"]
     result = mp.train(mp.Config.load(recipe, changes))
     assert result.steps == 2 and result.metrics["loss"] > 0
 

@@ -11,6 +11,7 @@ from mud_puppy.commands.doctor import Doctor, run_doctor
 from mud_puppy.commands.measure import Eval, Preview, run_eval, run_preview
 from mud_puppy.commands.plan import Plan, run_plan
 from mud_puppy.commands.quantize import Quantize, run_quantize
+from mud_puppy.commands.score import Score, run_score
 from mud_puppy.commands.talk import Chat, Generate, run_chat, run_generate
 from mud_puppy.commands.write import Export, Merge, run_export, run_merge
 
@@ -38,6 +39,7 @@ COMMANDS = {
     "preview": Command(Preview, ("dataset",), run_preview),
     "merge": Command(Merge, ("model", "adapter"), run_merge),
     "eval": Command(Eval, ("model",), run_eval),
+    "score": Command(Score, ("model", "dataset"), run_score),
     "quantize": Command(Quantize, ("model",), run_quantize),
     "export": Command(Export, ("run",), run_export),
     "generate": Command(Generate, ("model",), run_generate),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from mud_puppy.commands.words import check_words
 from mud_puppy.config.keys import DTYPES, MODEL, REMOTE_CODE, Config, Precision
 from mud_puppy.config.schema import AT_LEAST_1, AT_LEAST_2, REQUIRED, key
 from mud_puppy.errors import UserError
@@ -84,6 +85,7 @@ def run_eval(args: Eval) -> None:
     dtype, trusted = DTYPES[args.precision], args.trust_remote_code
     keys = "model dataset precision max_seq_length batch_size train_on_prompt".split()
     config = Config.load({key: getattr(args, key) for key in keys} | {"output": "none"})
+    check_words(args.model, trust_remote_code=trusted)
     shaped, shapes = mp.abstract(args.model, trust_remote_code=trusted)
     if args.group is not None and not set(args.against) & set(GROUPED):
         raise UserError(f"--group: is of the formats {', '.join(GROUPED)}; --against names none")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from mud_puppy.commands.words import check_words
 from mud_puppy.config.keys import DTYPES, MODEL, REMOTE_CODE, Precision
 from mud_puppy.config.schema import AT_LEAST_1, NOT_NEGATIVE, REQUIRED, Limit, Parser, key, texts
 
@@ -78,6 +79,7 @@ def _open(args: Talk) -> tuple[Any, Any, Any]:
     import mud_puppy as mp
 
     trusted = args.trust_remote_code
+    check_words(args.model, args.adapter, trusted)
     model, params = mp.load(args.model, DTYPES[args.precision], trust_remote_code=trusted)
     if args.adapter is not None:
         params = mp.load_adapter(params, args.adapter)

@@ -46,12 +46,34 @@ def writable(output: str) -> Path:
     return path
 
 
+def new_file(output: str) -> Path:
+    """The path of a file that is not there yet; nothing is made.
+
+    Raises UserError where something is, or where no file can be written.
+    """
+    path = Path(output).expanduser()
+    try:
+        if path.is_dir():
+            raise UserError(f"output {output}: is a folder; name a file.")
+        if path.exists() or path.is_symlink():
+            raise UserError(f"output {output}: exists; name another file.")
+        # The folders that are missing are made when it is written.
+        with tempfile.TemporaryFile(dir=next(p for p in path.parents if p.exists())):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output {output}: cannot be written ({error.strerror}); name another file."
+        ) from None
+    return path
+
+
 # What a run writes. --overwrite removes this and nothing else that lies in the folder.
 _WRITTEN = (
     "checkpoint-[0-9]*",
     "merged",
     "qat_int[48]",
     "gptq",
+    "reference",
     "tensorboard",
     "wandb",
     "adapter_config.json",

@@ -12,7 +12,7 @@ from mud_puppy.config.schema import NOT_NEGATIVE, POSITIVE, Limit, Need, Parser,
 from mud_puppy.errors import nearest
 
 Tune = Literal["lora", "qlora", "full"]
-Reference = Literal["copy", "nf4", "int4", "int8", "mxfp4", "fp8"]
+Reference = Literal["copy", "cached", "nf4", "int4", "int8", "mxfp4", "fp8"]
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 # Losses of pairs against a reference; several of them may be added up, with sft (the NLL of the
@@ -77,12 +77,23 @@ _PREFERENCE = Need("method preference", lambda c: c.method == "preference")
 _OBJECTIVE = Need(f"method {', '.join(OBJECTIVES)}", lambda c: c.method in OBJECTIVES)
 _PAIRS = _with(set(DPO), "method preference with a loss of pairs against a reference")
 _REFERENCE = Need(
-    "method preference with a loss against a reference, and tune full (adapters have their base)",
+    "method preference with a loss against a reference, and tune full or cached (adapters have "
+    "their base; kto meets other answers in each epoch, which cannot be cached)",
     lambda c: (
-        c.method == "preference" and c.tune == "full" and not set(c.losses) & set(REFERENCE_FREE)
+        c.method == "preference"
+        and not set(c.losses) & set(REFERENCE_FREE)
+        and (c.tune == "full" or c.reference == "cached")
+        and not ("kto" in c.losses and c.reference == "cached")
     ),
 )
 _SCORES = Need("method rm on pairs", lambda c: c.method == "rm" and c.reward == "pairs")
+_ANY_PAIRS = Need(
+    "method preference with a loss of pairs, or method rm on pairs",
+    lambda c: (
+        (c.method == "preference" and not set(c.losses) & set(KTO))
+        or (c.method == "rm" and c.reward == "pairs")
+    ),
+)
 _SHARE = Limit("between 0 and 1", lambda v: 0 <= v <= 1)
 _BELOW_HALF = Limit("at least 0 and below 0.5", lambda v: 0 <= v < 0.5)
 _LOSSES = Parser(
@@ -110,7 +121,10 @@ class PreferenceKeys:
         needs=_PREFERENCE,
     )
     reference: Reference = _key(
-        "copy", "what is kept of the model as it was: a copy, or codes", needs=_REFERENCE
+        "copy",
+        "what is kept of the model as it was: a copy, codes, or (cached) its log-probabilities of "
+        "all rows, computed before the training into output/reference",
+        needs=_REFERENCE,
     )
     label_smoothing: float = _key(
         0.0, "chance that a preference is the wrong way round", _BELOW_HALF,
@@ -154,6 +168,9 @@ class PreferenceKeys:
     )
     reward_centering: float = _key(
         0.0, "weight of the squared sum of a pair's rewards", NOT_NEGATIVE, needs=_SCORES
+    )
+    shared_prefix: bool = _key(
+        False, "a pair's prompt is computed once, for both answers", needs=_ANY_PAIRS
     )
 
     @property

@@ -45,19 +45,35 @@ class Example:
         """How many of its tokens are trained on."""
         return int(np.count_nonzero(self.weights))
 
+    def since(self, start: int) -> "Example":
+        """Its tokens from this one on, which is no longer predicted."""
+        return Example(self.tokens[start:], self.weights[start:], self.where)
+
 
 class _Built(Protocol):
     """What follows from the sequences that an example is built of."""
 
     @property
     def sequences(self) -> tuple[Example, ...]:
-        """What stands side by side in a row, each a segment of it."""
+        """What is read, each from its first token on."""
         ...
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where in each of the sequences its segment of a row begins: at its first token, unless a
+        segment before it holds the tokens left out."""
+        return (0,) * len(self.sequences)
+
+    @property
+    def segments(self) -> tuple[Example, ...]:
+        """What stands side by side in a row: the sequences from their starts on."""
+        pairs = zip(self.sequences, self.starts, strict=True)
+        return tuple(one.since(start) if start else one for one, start in pairs)
 
     @property
     def size(self) -> int:
         """The tokens that it takes in a row."""
-        return sum(one.size for one in self.sequences)
+        return sum(one.size for one in self.sequences) - sum(self.starts)
 
     @property
     def trained(self) -> int:
@@ -75,7 +91,9 @@ class PairExample(_Built):
     """Two answers to one prompt, each with the prompt before it.
 
     shared: the leading tokens that both have and of which none is weighted: the prompt. margin: by
-    how much the chosen answer is better.
+    how much the chosen answer is better. prompt_once: in a row the rejected answer begins with the
+    prompt's last token, which predicts its first; the tokens before it are a prefix that it sees in
+    the chosen answer's segment.
     """
 
     chosen: Example
@@ -83,11 +101,17 @@ class PairExample(_Built):
     shared: int
     margin: float = 0.0
     source: str = ""
+    prompt_once: bool = False
 
     @property
     def sequences(self) -> tuple[Example, Example]:
         """The chosen and the rejected answer."""
         return (self.chosen, self.rejected)
+
+    @property
+    def starts(self) -> tuple[int, int]:
+        """The second number is the length of the prefix."""
+        return (0, max(self.shared - 1, 0) if self.prompt_once else 0)
 
 
 @dataclass(frozen=True, eq=False)

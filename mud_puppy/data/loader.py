@@ -7,9 +7,9 @@ one shape.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Generic
 
@@ -57,7 +57,8 @@ class Loader(Generic[Kind]):
 
     max_seq_length bounds the tokens of a sequence (a pair has two, in one row). `pack` puts several
     examples in a row. `collate(rows, length, most)` makes the arrays [A * B, ...] of a step from
-    all its rows, their length, and the most examples that any row of the loader holds.
+    all its rows, their length, and the most examples that any row of the loader holds. `computed`:
+    arrays [rows, ...] of what was computed of every row; a batch has those of its own.
     """
 
     examples: Sequence[Kind]
@@ -68,6 +69,7 @@ class Loader(Generic[Kind]):
     seed: int = 0
     shuffle: bool = True
     collate: Callable[[Sequence[Sequence[Any]], int, int], Batch] = collate_sft
+    computed: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
     def length(self) -> int:
@@ -100,10 +102,17 @@ class Loader(Generic[Kind]):
         count = len(self.rows)
         order = _order(self.seed, epoch, count) if self.shuffle else np.arange(count)
         need = self.accumulation * self.batch_size
-        chosen = order[k * need : (k + 1) * need].tolist()
+        return self.batch_of(order[k * need : (k + 1) * need].tolist())
+
+    def batch_of(self, chosen: Sequence[int]) -> Batch:
+        """The arrays [A, B, ...] of these of `rows`, filled up with empty ones."""
+        need = self.accumulation * self.batch_size
         rows = [[self.examples[i] for i in self.rows[r]] for r in chosen]
         rows += [[] for _ in range(need - len(rows))]
         flat = self.collate(rows, self.length, self.most)
+        for name, array in self.computed.items():
+            flat[name] = np.zeros((need, *array.shape[1:]), array.dtype)
+            flat[name][: len(chosen)] = array[list(chosen)]
         lead = (self.accumulation, self.batch_size)
         return {name: array.reshape(lead + array.shape[1:]) for name, array in flat.items()}
 

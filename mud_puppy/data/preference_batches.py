@@ -1,8 +1,8 @@
 """Batches of pairs, rated answers and answers in steps: the arrays that their losses read.
 
-Every sequence is a segment of its row, as in `collate_sft`, whose arrays tokens, positions,
-segment_ids and targets all batches have. M is `most`, the most examples that a row may hold; the
-options of a `collate_*` are given by functools.partial.
+Every sequence, or what a row holds of it, is a segment, as in `collate_sft`, whose arrays tokens,
+positions, segment_ids and targets all batches have. M is `most`, the most examples that a row may
+hold; the options of a `collate_*` are given by functools.partial.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +20,7 @@ def collate_pairs(
     ld_alpha: float = 1.0,
     train_on_prompt: bool = False,
     pad_token_id: int | None = None,
+    shared_prefix: bool = False,
 ) -> Batch:
     """Rows of pairs to arrays of [B, length] and, one for each pair or answer, [B, M] or [B, 2M].
 
@@ -32,6 +33,9 @@ def collate_pairs(
     0: no answer. transformers reads a reward there, also where answers end with what it pads with.
     pair_weights [B, M]: 1, or 0 where there is no pair. margins [B, M]. chosen_tokens,
     rejected_tokens [B, M]: trained tokens of the answers, 1 where there is no pair.
+    shared_prefix: for pairs that stand in a row with their prompt once (`PairExample.prompt_once`);
+    then also prefix_ids int32 [B, T], of `model.Inputs`. Raises ValueError for such pairs without
+    it: the rejected answers would not see their prompts.
     """
     batch, places = _laid(rows, length, 2 * most, pad_token_id)
     trained = batch["weights"] > 0
@@ -39,8 +43,16 @@ def collate_pairs(
     batch |= {name: np.zeros(shape, np.float32) for name in ("pair_weights", "margins")}
     batch |= {name: np.ones(shape, np.float32) for name in ("chosen_tokens", "rejected_tokens")}
     batch["nll_weights"] = np.zeros_like(batch["weights"])
+    if shared_prefix:
+        batch["prefix_ids"] = np.zeros_like(batch["segment_ids"])
     for b, i, (chosen, rejected) in places:
         pair = rows[b][i]
+        prefix = pair.starts[1]
+        if shared_prefix:
+            batch["prefix_ids"][b, chosen.start : chosen.start + prefix] = i + 1
+            batch["prefix_ids"][b, rejected] = -(i + 1) if prefix else 0
+        elif prefix:
+            raise ValueError(f"{pair.where}: the pair has its prompt once: collate shared_prefix")
         batch["pair_weights"][b, i] = 1.0
         batch["margins"][b, i] = pair.margin
         batch["chosen_tokens"][b, i] = pair.chosen.trained
@@ -107,16 +119,16 @@ def collate_steps(rows: Sequence[Sequence[StepsExample]], length: int, most: int
     return batch
 
 
-Place = tuple[int, int, tuple[slice, ...]]  # row, example, and where its sequences stand in the row
+Place = tuple[int, int, tuple[slice, ...]]  # row, example, and where its segments stand in the row
 
 
 def _laid(
     rows: Sequence[Sequence], length: int, answers: int, pad: int | None = None
 ) -> tuple[Batch, list[Place]]:
-    """The arrays of `collate_sft` of all sequences, answers [B, length], ends [B, answers], and
+    """The arrays of `collate_sft` of all segments, answers [B, length], ends [B, answers], and
     where everything stands."""
     batch = collate_sft(
-        [[one for example in row for one in example.sequences] for row in rows], length
+        [[one for example in row for one in example.segments] for row in rows], length
     )
     batch["answers"] = np.where(batch["weights"] > 0, batch["segment_ids"], 0)
     batch["ends"] = np.zeros((len(rows), answers), np.int32)
@@ -125,6 +137,8 @@ def _laid(
         first = i * len(slices)
         ends = [_end(batch["tokens"][b], place, pad) for place in slices]
         batch["ends"][b, first : first + len(slices)] = ends
+        for place, start in zip(slices, rows[b][i].starts, strict=True):
+            batch["positions"][b, place] += start
     return batch, places
 
 
@@ -139,7 +153,7 @@ def _places(rows: Sequence[Sequence]) -> Iterator[Place]:
         at = 0
         for i, example in enumerate(row):
             slices = []
-            for one in example.sequences:
+            for one in example.segments:
                 slices.append(slice(at, at + one.size))
                 at += one.size
             yield b, i, tuple(slices)

@@ -33,20 +33,25 @@ STEP_SEPARATOR = "\n"  # as in TRL's PRMTrainer
 
 
 def encode_pairs(
-    rows: Sequence[PairRow], tokenizer: Tokenizer, options: EncodeOptions
+    rows: Sequence[PairRow],
+    tokenizer: Tokenizer,
+    options: EncodeOptions,
+    prompt_once: bool = False,
 ) -> Dataset[PairExample]:
     """Pairs of answers; both fit into max_seq_length with their prompt, or the pair is left out.
 
-    options.train_on_prompt is not used here: `collate_pairs` has its own. Raises as `encode`.
+    prompt_once: of `PairExample`. options.train_on_prompt is not used here: `collate_pairs` has its
+    own. Raises as `encode`.
     """
-    return encode(rows, tokenizer, options, Task(_plan_answers, _make_pair))
+    make = partial(_make_pair, prompt_once)
+    return encode(rows, tokenizer, options, Task(plan_answers, make))
 
 
 def encode_rated(
     rows: Sequence[RatedRow | PairRow], tokenizer: Tokenizer, options: EncodeOptions
 ) -> Dataset[RatedExample]:
     """Answers with labels; a pair gives two, the chosen one labelled 1, the rejected one 0."""
-    return encode(rows, tokenizer, options, Task(_plan_answers, _make_rated))
+    return encode(rows, tokenizer, options, Task(plan_answers, make_rated))
 
 
 def encode_steps(
@@ -60,20 +65,23 @@ def encode_steps(
     Steps and separators are tokenized one by one, so that no token reaches over an end. The answer
     stands where the chat template (if there is one) puts it; nothing follows it.
     """
-    task = Task(partial(_plan_steps, separator=separator), partial(_make_steps, separator))
+    task = Task(partial(plan_steps, separator=separator), partial(make_steps, separator))
     return encode(rows, tokenizer, options, task)
 
 
-def _plan_answers(
-    row: PairRow | RatedRow, tokenizer: Tokenizer, options: MaskOptions
-) -> list[Plan]:
+def plan_answers(row: PairRow | RatedRow, tokenizer: Tokenizer, options: MaskOptions) -> list[Plan]:
+    """The texts of a row's answers, of which only the answers are trained on."""
     answers_only = replace(options, train_on_prompt=False)
     answers = (row.chosen, row.rejected) if isinstance(row, PairRow) else (row.answered,)
     return [plan_row(answer, tokenizer, answers_only) for answer in answers]
 
 
 def _make_pair(
-    row: PairRow, plans: list[Plan], encoded: list[Encoded], options: EncodeOptions
+    prompt_once: bool,
+    row: PairRow,
+    plans: list[Plan],
+    encoded: list[Encoded],
+    options: EncodeOptions,
 ) -> Chunk:
     chosen, rejected = _answers(plans, encoded)
     count = min(_before_answer(chosen), _before_answer(rejected))
@@ -84,12 +92,14 @@ def _make_pair(
     if excess is None:
         return [], report
     better, worse = (_without(example, lead, excess) for example in (chosen, rejected))
-    return [PairExample(better, worse, shared - excess, row.margin, row.source)], report
+    pair = PairExample(better, worse, shared - excess, row.margin, row.source, prompt_once)
+    return [pair], report
 
 
-def _make_rated(
+def make_rated(
     row: RatedRow | PairRow, plans: list[Plan], encoded: list[Encoded], options: EncodeOptions
 ) -> Chunk:
+    """A `RatedExample` of each answer that fits (`encoding.Task`)."""
     labels = (1.0, 0.0) if isinstance(row, PairRow) else (row.label,)
     made, total = [], Report()
     for example, one, label in zip(_answers(plans, encoded), encoded, labels, strict=True):
@@ -102,7 +112,7 @@ def _make_rated(
     return made, total
 
 
-def _plan_steps(
+def plan_steps(
     row: StepsRow, tokenizer: Tokenizer, options: MaskOptions, separator: str
 ) -> list[Plan]:
     """The conversation up to where its answer begins, then each step and each separator."""
@@ -121,13 +131,14 @@ def _plan_steps(
     return [Plan((*earlier, Piece(before), *steps), row.where, bos=plan.bos)]
 
 
-def _make_steps(
+def make_steps(
     separator: str,
     row: StepsRow,
     plans: list[Plan],
     encoded: list[Encoded],
     options: EncodeOptions,
 ) -> Chunk:
+    """The `StepsExample` of a row, if it fits (`encoding.Task`)."""
     one = encoded[0]
     # Pieces: the prompt's, then a step and a separator in turn.
     first = len(one.ends) - 2 * len(row.steps)

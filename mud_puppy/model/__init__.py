@@ -1,6 +1,7 @@
 """The model: architecture, one decoder, family tables, and reading and writing HF checkpoints."""
 
 from mud_puppy.model.arch import Arch, Rope
+from mud_puppy.model.context import check_prefix
 from mud_puppy.model.decoder import Cache, Inputs, head, make_cache, scan_layers, score_head
 from mud_puppy.model.load import abstract, load
 from mud_puppy.model.module import Decoder, Model, axes, build, init
@@ -18,6 +19,7 @@ __all__ = [
     "abstract",
     "axes",
     "build",
+    "check_prefix",
     "head",
     "init",
     "load",

@@ -45,7 +45,7 @@ def run_block(
         "sinks": p["self_attn"].get("sinks"),
     }
     if cache is None:
-        out = attend(q, k, v, context.segment_ids, **options)
+        out = attend(q, k, v, context.segment_ids, context.prefix_ids, **options)
     else:
         cache = write(cache, layer, context.positions, k, v)
         # The whole cache and a layer's number: a kernel reads the layer where it lies.

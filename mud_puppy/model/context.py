@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from mud_puppy.errors import UserError
 from mud_puppy.model.arch import Arch
 from mud_puppy.model.rope import rope_tables
 
@@ -18,8 +19,11 @@ Tree = Any
 class Inputs:
     """tokens, positions, segment_ids int32 [B, T] (segment 0 is padding, None: all one example).
 
-    positions count from 0 in each example. `embeds` [N, D] replaces the embedding of token (b, t)
-    by row `embed_index[b, t]` where that is >= 0 (images).
+    positions count from 0 in each example. prefix_ids int32 [B, T]: n > 0 on the tokens of prefix
+    n, -n on the tokens of segments that see it beside themselves, 0 elsewhere. A prefix is the
+    start of a segment, stands before all that see it, and their positions go on from its own. None:
+    no segment sees another (`check_prefix`: which models can). `embeds` [N, D] replaces the
+    embedding of token (b, t) by row `embed_index[b, t]` where that is >= 0 (images).
     """
 
     tokens: Any
@@ -27,6 +31,7 @@ class Inputs:
     segment_ids: Any = None
     embeds: Any = None
     embed_index: Any = None
+    prefix_ids: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +55,7 @@ class Context:
     arch: Arch = field(metadata={"static": True})
     positions: Any
     segment_ids: Any
+    prefix_ids: Any
     ropes: Any
     tile: int | None = field(default=None, metadata={"static": True})
 
@@ -58,8 +64,34 @@ def make_context(arch: Arch, inputs: Inputs, tile: int | None = None) -> Context
     positions = inputs.positions
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(inputs.tokens.shape[1]), inputs.tokens.shape)
+    if inputs.prefix_ids is not None:
+        if inputs.segment_ids is None or inputs.positions is None:
+            raise ValueError("prefix_ids need positions and segment_ids beside them")
+        check_prefix(arch, inputs.tokens.shape[1])
     ropes = tuple(rope_tables(rope, positions, inputs.segment_ids) for rope in arch.ropes)
-    return Context(arch, positions, inputs.segment_ids, ropes, tile)
+    return Context(arch, positions, inputs.segment_ids, inputs.prefix_ids, ropes, tile)
+
+
+def check_prefix(arch: Arch, length: int) -> None:
+    """UserError for a model that cannot share prefixes in rows of `length` tokens.
+
+    A window counts positions, kernels count places in the row, which differ between a prefix and
+    what sees it. Two kinds of rope turn a key by the length of its sequence, and the sequences of a
+    prefix differ in length.
+    """
+    windows = [kind.window for kind in arch.kinds if kind.window is not None]
+    limits = [rope.long[1] for rope in arch.ropes if rope.long is not None]
+    limits += [rope.dynamic[2] for rope in arch.ropes if rope.dynamic is not None]
+    for name, least in (
+        ("see {} tokens back (a sliding window)", min(windows, default=length)),
+        ("have a RoPE that changes beyond {} tokens", min(limits, default=length)),
+    ):
+        if least < length:
+            raise UserError(
+                f"shared_prefix: layers of this model ({arch.family}) {name.format(least)}, but "
+                f"rows have {length}: they cannot share a prompt; leave out shared_prefix, or set "
+                f"max_seq_length to at most {least // 2}, so that a row has no more than {least}"
+            )
 
 
 def make_cache(arch: Arch, batch: int, slots: int, dtype: Any) -> Cache:

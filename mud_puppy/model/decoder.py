@@ -53,6 +53,8 @@ def decode(
 
     A model's `logit_scale` is in the hidden states, so that the head is a plain product.
     """
+    if cache is not None and inputs.prefix_ids is not None:
+        raise ValueError("prefix_ids are for batches without a cache")
     x, context = begin(arch, params, inputs, dtype, tile)
     routed = no_routing(arch)
     for group, start in spans(params):

@@ -22,6 +22,7 @@ from mud_puppy.plan.search import largest, length_grain
 from mud_puppy.plan.shapes import find_shape, shape_of
 from mud_puppy.plan.suggest import LONG, Changes, Suggestion, suggest, together
 from mud_puppy.run.datasets import rows_of
+from mud_puppy.run.kinds import kind_of
 from mud_puppy.sampling import context_length
 
 log = logging.getLogger("mud_puppy")
@@ -122,7 +123,7 @@ def plan(
     read = Config.load(config)
     if read.method == "gptq":
         raise UserError("method gptq trains nothing, there is no step to plan")
-    if read.quant_backend == "stored" and read.method == "qlora":
+    if read.quant_backend == "stored" and read.trains == "qlora":
         raise UserError(
             "quant_backend stored: a plan reads no weights; name the format of the codes"
         )
@@ -143,7 +144,7 @@ def plan(
 
 def _size(config: Config, devices: int) -> tuple[int, int]:
     """(rows, length) of a batch, when every row is filled."""
-    length = padded_length(config.max_seq_length)
+    length = padded_length(kind_of(config).sequences * config.max_seq_length)
     return rows_of(config, length, devices), length
 
 
@@ -169,6 +170,8 @@ def _source(config: Config, shape: str | None) -> tuple[Any, str]:
 
 def _searched(found: Plan, build: Compile) -> Plan:
     count, limit, fixed = found.place.devices, found.place.limit, found.built.held.fixed
+    each = kind_of(found.config).sequences  # that a row holds, all of the same length
+    usual_length = found.length // each
 
     def needed(changes: Changes, devices: int, rows: int = 0, length: int = 0) -> int:
         read = Config.load(found.config.to_dict() | changes)
@@ -180,12 +183,12 @@ def _searched(found: Plan, build: Compile) -> Plan:
 
     def longest(changes: Changes) -> int:
         def of(length: int) -> int:
-            return needed(changes, count, count, length)
+            return needed(changes, count, count, each * length)
 
         most = padded_length(found.model_positions)
-        known, first = {0: fixed}, most if changes else found.length  # the levers often reach all
+        known, first = {0: fixed}, most if changes else usual_length  # the levers often reach all
         if not changes and found.rows == count:
-            known, first = known | {found.length: found.built.needed}, None
+            known, first = known | {usual_length: found.built.needed}, None
         found_length = largest(of, limit, known, length_grain, most, first)
         return min(found_length, found.model_positions)  # the last few tokens are padding
 
@@ -195,7 +198,7 @@ def _searched(found: Plan, build: Compile) -> Plan:
 
         known, most = {0: fixed, found.rows // count: found.built.needed}, MOST_ROWS // count
         # So many rows have as many tokens as the longest row, and need about as much.
-        first = min(longest_row // found.length, most)
+        first = min(longest_row // usual_length, most)
         first = None if first in (0, *known) else first
         return count * largest(of, limit, known, lambda rows: 1, most, first)
 

@@ -73,29 +73,34 @@ def _smaller_states(config: Config, devices: int) -> Changes | None:
     return None if small is None else {"optimizer": small}
 
 
+def _training(config: Config, way: str) -> Changes:
+    """The key that says what becomes of the weights."""
+    return {"method" if config.trains == config.method else "tune": way}
+
+
 def _codes(config: Config, devices: int) -> Changes | None:
-    if config.method != "lora" or config.precision.startswith("fp8"):
+    if config.trains != "lora" or config.precision.startswith("fp8"):
         return None
-    return {"method": "qlora"}
+    return _training(config, "qlora")
 
 
 def _embeddings(config: Config, devices: int) -> Changes | None:
-    quantized = config.method == "qlora" and not config.quant_embeddings
+    quantized = config.trains == "qlora" and not config.quant_embeddings
     return {"quant_embeddings": True} if quantized else None
 
 
 def _adapters(config: Config, devices: int) -> Changes | None:
-    return {"method": "lora"} if config.method == "full" else None
+    return _training(config, "lora") if config.trains == "full" else None
 
 
 def _quantized_adapters(config: Config, devices: int) -> Changes | None:
-    plain = config.method == "full" and not config.precision.startswith("fp8")
-    return {"method": "qlora"} if plain else None
+    plain = config.trains == "full" and not config.precision.startswith("fp8")
+    return _training(config, "qlora") if plain else None
 
 
 def _attention_alone(config: Config, devices: int) -> Changes | None:
     """Adapters on 128 experts are a tenth of the model."""
-    everywhere = config.method in ("lora", "qlora") and config.lora_targets == ALL_LINEAR
+    everywhere = config.trains in ("lora", "qlora") and config.lora_targets == ALL_LINEAR
     return {"lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj"]} if everywhere else None
 
 

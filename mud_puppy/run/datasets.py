@@ -17,7 +17,7 @@ from mud_puppy.data import (
     split,
 )
 from mud_puppy.errors import UserError
-from mud_puppy.model import Arch, Model
+from mud_puppy.model import Arch, Model, check_prefix
 from mud_puppy.run.kinds import kind_of
 from mud_puppy.run.prompts import Prompt, choose_prompts
 from mud_puppy.sampling import context_length
@@ -82,10 +82,12 @@ def _loader(
     )
     kind = kind_of(config, json.loads(arch.config).get("pad_token_id"))
     data = kind.encode(rows, tokenizer, options)
-    _check_fit(data.examples, config, arch, tokenizer)
+    check_fit(data.examples, config.max_seq_length, arch, tokenizer)
     for line in data.report.lines():
         log.warning("%s: %s", what, line)
     length = row_length(data.examples, config.max_seq_length, config.pack_sequences)
+    if config.shared_prefix:
+        check_prefix(arch, length)
     batch_size = rows_of(config, length, batch_devices)
     if config.tokens_per_batch is not None:
         log.info("tokens_per_batch: %d rows of %d a batch", batch_size, length)
@@ -127,14 +129,16 @@ def rows_of(config: Config, length: int, batch_devices: int) -> int:
     return config.batch_size
 
 
-def _check_fit(examples: Sequence[AnyExample], config: Config, arch: Arch, tokenizer: Any) -> None:
+def check_fit(
+    examples: Sequence[AnyExample], max_seq_length: int, arch: Arch, tokenizer: Any
+) -> None:
     """No example beyond the model's positions (RoPE extrapolates badly) or vocabulary (a lookup
     beyond the embedding would take its last row, without a word)."""
     most = context_length(arch)
     for example in (one for built in examples for one in built.sequences):
         if len(example.tokens) > most:
             raise UserError(
-                f"max_seq_length {config.max_seq_length}: {example.where} has "
+                f"max_seq_length {max_seq_length}: {example.where} has "
                 f"{len(example.tokens)} tokens, but the model has {most} positions; set "
                 f"max_seq_length to at most {most}"
             )

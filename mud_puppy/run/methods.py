@@ -29,7 +29,8 @@ class Method:
     loss(scores, batch, weight_sum) -> (scalar, {name: (sum, count)}).
 
     unit: the array of the batch whose sum over the whole step is `weight_sum`: what the loss is a
-    mean of. reference: whether the loss compares with the policy as it was."""
+    mean of. reference: whether the loss compares with the policy as it was, and asks it in each
+    step."""
 
     score: Callable[..., dict[str, Any]]
     loss: Callable[..., tuple[Array, dict[str, tuple[Array, Array]]]]
@@ -56,6 +57,7 @@ def method_of(config: Config) -> Method:
 
 def _preference(config: Config) -> Method:
     name, beta = next(iter(config.losses)), config.beta or 0.1
+    asked = config.reference != "cached"
     if name in KTO:
         loss = partial(
             losses.kto,
@@ -64,7 +66,7 @@ def _preference(config: Config) -> Method:
             desirable_weight=config.desirable_weight,
             undesirable_weight=config.undesirable_weight,
         )
-        return Method(score_rated, loss, "answer_weights", reference=True)
+        return Method(score_rated, loss, "answer_weights", reference=asked)
     if name in REFERENCE_FREE:
         return Method(score_pairs, _reference_free(config, name), "pair_weights")
     loss = partial(
@@ -76,7 +78,7 @@ def _preference(config: Config) -> Method:
         alpha=config.f_alpha,
         discopop_tau=config.discopop_tau,
     )
-    return Method(score_pairs, loss, "pair_weights", reference=True)
+    return Method(score_pairs, loss, "pair_weights", reference=asked)
 
 
 def _reference_free(config: Config, name: str) -> Callable:

@@ -41,9 +41,9 @@ def score_pairs(
     # Beside the answer's tokens, which `answers` knows, the prompt's may be learned.
     nll = _of_answers(-found["logps"] * batch["nll_weights"], batch["segment_ids"], answers)
     scores = {"chosen": chosen, "rejected": rejected, "nll": _pairs(nll)[0], "aux": found["aux"]}
-    if reference is None:
+    logps = _reference_logps(model, reference, batch, run_layers)
+    if logps is None:
         return scores
-    logps = _logps(model, reference, batch, run_layers)
     chosen, rejected = _pairs(_sums(logps, batch, answers))
     return scores | {"reference_chosen": chosen, "reference_rejected": rejected}
 
@@ -56,7 +56,8 @@ def score_rated(
     found = score_tokens(model, params, None, batch, run_layers)
     answers = batch["answer_weights"].shape[-1]
     scores = {"logps": _sums(found["logps"], batch, answers), "aux": found["aux"]}
-    logps = _logps(model, reference, batch, run_layers)
+    logps = _reference_logps(model, reference, batch, run_layers)
+    assert logps is not None  # no loss of rated answers does without
     scores["reference_logps"] = _sums(logps, batch, answers)
     if "kl_tokens" not in batch:
         return scores
@@ -91,9 +92,22 @@ def score_steps(
 def _hidden(
     model: Model, params: Tree, batch: Batch, run_layers: Callable
 ) -> tuple[Float[Array, "B T D"], Tree]:
-    inputs = Inputs(batch["tokens"], batch["positions"], batch["segment_ids"])
+    # Of pairs with their prompt once (`collate_pairs`).
+    prefix_ids = batch.get("prefix_ids")
+    inputs = Inputs(
+        batch["tokens"], batch["positions"], batch["segment_ids"], prefix_ids=prefix_ids
+    )
     hidden, _, aux = model.forward(params, inputs, run_layers=run_layers)
     return hidden, aux
+
+
+def _reference_logps(
+    model: Model, reference: Tree, batch: Batch, run_layers: Callable
+) -> Float[Array, "B T"] | None:
+    """What was computed before (`run.cached`), or the reference's now; None without either."""
+    if "reference_logps" in batch:
+        return batch["reference_logps"]
+    return None if reference is None else _logps(model, reference, batch, run_layers)
 
 
 def _logps(model: Model, params: Tree, batch: Batch, run_layers: Callable) -> Float[Array, "B T"]:

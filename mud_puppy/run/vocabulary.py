@@ -39,8 +39,16 @@ def with_room(
 def with_scores(
     config: Config, model: Model, params: Tree, pad_token_id: int | None = None
 ) -> tuple[Model, Tree]:
-    """The model with a head of scores, where the method trains one and it has none."""
+    """The model with a head of scores, where the method trains one and it has none.
+
+    UserError for a model of scores where the method needs words, or other scores.
+    """
     if config.method not in SCORES:
+        if model.arch.task != "lm" and config.method != "gptq":
+            raise UserError(
+                f"{config.model}: gives {model.arch.labels} scores of each {model.arch.task}, no "
+                f"words, which method {config.method} needs; methods rm and prm train it"
+            )
         return model, params
     task, labels = SCORES[config.method]
     if model.arch.task != "lm":

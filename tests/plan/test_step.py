@@ -11,7 +11,9 @@ from mud_puppy.config import Config
 from mud_puppy.model import axes, init
 from mud_puppy.parallel import make_mesh, shardings
 from mud_puppy.plan.step import build, shapes_of
+from mud_puppy.run.kinds import kind_of
 from mud_puppy.run.prepare import load_params, prepare
+from mud_puppy.run.reference import kept_of
 from tests.tiny import SIZES, tiny_model
 
 ROWS, LENGTH = 2, 64
@@ -27,6 +29,12 @@ METHODS = {
     },
     "qat": {"method": "qat", "qat_format": "int8"},
     "fp8": {"method": "full", "precision": "fp8-emulated"},
+    "dpo": {"method": "preference"},
+    "dpo full": {"method": "preference", "tune": "full"},
+    "dpo full, codes": {"method": "preference", "tune": "full", "reference": "int8"},
+    "dpo full, cached": {"method": "preference", "tune": "full", "reference": "cached"},
+    "kto": {"method": "preference", "preference": "kto"},
+    "simpo full": {"method": "preference", "preference": "simpo", "tune": "full"},
 }  # fmt: skip
 
 
@@ -40,16 +48,14 @@ def saved(tmp_path_factory):
 
 
 def config_of(folder, keys, **more) -> Config:
-    lora = {"lora_r": 4} if keys["method"] in ("lora", "qlora") else {}
+    lora = {"lora_r": 4} if keys.get("tune", keys["method"]) not in ("full", "qat") else {}
     fixed = {"model": str(folder), "dataset": "-", "output": "-"}
     return Config.load(fixed | lora | keys | more)
 
 
-def batch(accumulation=1):
-    shape = (accumulation, ROWS, LENGTH)
-    whole = np.zeros(shape, np.int32)
-    names = ("tokens", "positions", "segment_ids", "targets")
-    return dict.fromkeys(names, whole) | {"weights": np.ones(shape, np.float32)}
+def batch(config):
+    row = kind_of(config).empty(LENGTH)
+    return {name: np.stack([np.concatenate(ROWS * [x])]) for name, x in row.items()}
 
 
 def planned(config, source, spec="data=1,fsdp=1", rows=ROWS):
@@ -79,14 +85,17 @@ def test_the_plan_is_of_the_run(saved, keys):
         model, params = load_params(config, mesh)
         assert jax.tree.structure(shapes) == jax.tree.structure(params)
         jax.tree.map(lambda s, x: (s.shape, s.dtype) == (x.shape, x.dtype) or 1 / 0, shapes, params)
+        kept = kept_of(config, params)
         run = prepare(config, model, params, mesh, 1000)
-        stats = run.lower(batch()).compile().memory_analysis()
+        stats = run.lower(batch(config)).compile().memory_analysis()
     step, plan = planned(config, str(saved))
     assert sizes(plan) == sizes(stats)
     held, bytes_of = step.held, lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     trained, frozen = bytes_of(run.state.train), bytes_of(run.frozen)
     whole = held.weights + held.adapter + held.optimizer
-    assert whole == trained + frozen + bytes_of(run.state) - trained
+    assert whole == trained + frozen + bytes_of(run.state) - trained + bytes_of(kept)
+    asked = "simpo" not in config.losses and config.reference != "cached"
+    assert (kept is not None) == (keys.get("tune") == "full" and asked)
     assert (held.adapter == trained) == config.adapts and held.gradients == trained
     assert plan.argument_size_in_bytes == pytest.approx(whole + held.batch, rel=0.02)
 

@@ -173,6 +173,25 @@ def test_qlora_and_codes_as_reference(run: Any, tmp_path: Path) -> None:
     assert 0 < abs(steps(lines)[0]["loss"] - np.log(2)) < 0.01
 
 
+@pytest.mark.parametrize("keys", [{"tune": "full"}, {}, {"preference": "apo_zero_unpaired"}])
+def test_a_cached_reference_is_the_reference(run: Any, tmp_path: Path, keys: Any) -> None:
+    keys = keys | {"save_steps": 4, "lr_scheduler": "constant", "gradient_accumulation": 2}
+    _, wanted = run("pairs", **keys, output=str(tmp_path / "a"))
+    _, found = run("pairs", **keys, output=str(tmp_path / "b"), reference="cached", max_steps=4)
+    files = sorted((tmp_path / "b" / "reference").iterdir())
+    before = [file.stat().st_mtime_ns for file in files]
+    again = {"output": str(tmp_path / "b"), "reference": "cached", "resume": True}
+    _, found = run("pairs", **keys, **again)
+    for line, other in zip(steps(found), steps(wanted), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-6)
+    assert evaluations(found)[-1]["eval_loss"] == pytest.approx(
+        evaluations(wanted)[-1]["eval_loss"], abs=1e-6
+    )
+    assert [file.stat().st_mtime_ns for file in files] == before and len(files) == 2
+    with pytest.raises(mp.UserError, match=r"reference needs .* cannot be cached"):
+        run("pairs", preference="kto", reference="cached")
+
+
 def made(config: dict[str, Any], **keys: Any) -> tuple[Any, Any]:
     """(params, reference) of a run that begins."""
     if keys.get("tune") == "full":

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import random
 import sys
+from importlib import import_module
 from pathlib import Path
 
 TRAIN, HELD = 1600, 200
@@ -38,10 +39,8 @@ RUNS = {
 
 def pairs(count: int, seed: int) -> list[dict]:
     """Rows of prompt, chosen, rejected."""
-    import reasoning_gym
-
     chance = random.Random(seed)
-    found = reasoning_gym.create_dataset(
+    found = import_module("reasoning_gym").create_dataset(
         "needle_haystack", size=count, seed=seed, min_num_statements=3, max_num_statements=5
     )
     rows = []
@@ -62,10 +61,8 @@ def pairs(count: int, seed: int) -> list[dict]:
 
 def steps(count: int, seed: int) -> list[dict]:
     """Rows of prompt, steps, labels: sums of five digits, two of three with a mistake."""
-    import reasoning_gym
-
     chance = random.Random(seed)
-    found = reasoning_gym.create_dataset(
+    found = import_module("reasoning_gym").create_dataset(
         "chain_sum", size=count, seed=seed, min_terms=5, max_terms=5, min_digits=1, max_digits=1
     )
     rows = []

@@ -41,7 +41,7 @@ def random_run(config: Config, shape: str, mesh: jax.sharding.Mesh) -> tuple[Arc
     be ambient."""
     model, _ = abstract(find_shape(shape))
     stored = DTYPES[config.precision] if config.adapts else "float32"
-    encode = quantizer(scheme(config)) if config.method == "qlora" else None
+    encode = quantizer(scheme(config)) if config.trains == "qlora" else None
     params = transformed(config, init(model.arch, jax.random.key(0), stored, encode))
     params = jax.device_put(params, shardings(mesh, axes(model.arch), params))
     return model.arch, prepare(config, computed(config, model), params, mesh, 1000)

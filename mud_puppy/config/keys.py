@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from mud_puppy.config.preference import COUPLED, OBJECTIVES, PreferenceKeys
+from mud_puppy.config.preference import COUPLED, LEARNS_PROMPTS, OBJECTIVES, PreferenceKeys
 from mud_puppy.config.refused import refuse
 from mud_puppy.config.schema import (
     AT_LEAST_1,
@@ -222,7 +222,9 @@ class Config(PreferenceKeys):
         needs=_NEW_ROWS,
         repeat=True,
     )
-    train_on_prompt: bool = _data(False, "train on every token, not on the answers only")
+    train_on_prompt: bool = _data(
+        False, "train on every token, not on the answers only", needs=LEARNS_PROMPTS
+    )
     roles_to_train: tuple[str, ...] = _data(
         ("assistant",), "roles whose messages are trained on", needs=_NO_PROMPT
     )
@@ -467,7 +469,13 @@ def _check_together(config: Config, given: dict[str, Given]) -> None:
             raise UserError(
                 f"{given['quant_group'].label}: float8 products take one scale a row; leave it out."
             )
-    coupled = COUPLED & set(config.losses) if config.method == "preference" else ()
+    losses = set(config.losses) if config.method == "preference" else set()
+    if "exo_pair" in losses and not config.label_smoothing:
+        raise UserError(
+            f"{given['preference'].label}: exo_pair needs label_smoothing above 0; its paper takes "
+            "1e-3."
+        )
+    coupled = COUPLED & losses
     if coupled and config.gradient_accumulation > 1:
         raise UserError(
             f"{given['gradient_accumulation'].label}: {min(coupled)} compares the answers of a "

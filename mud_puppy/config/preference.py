@@ -69,8 +69,12 @@ def _with(names: set[str], words: str) -> Need:
     return Need(words, lambda c: c.method == "preference" and bool(names & set(c.losses)))
 
 
+def _only(names: set[str], words: str) -> Need:
+    return Need(words, lambda c: c.method == "preference" and set(c.losses) <= names)
+
+
 def _listed(names: set[str]) -> str:
-    return f"method preference with one of the losses {', '.join(sorted(names))}"
+    return f"method preference with losses of {', '.join(sorted(names))}"
 
 
 _PREFERENCE = Need("method preference", lambda c: c.method == "preference")
@@ -84,6 +88,14 @@ _REFERENCE = Need(
         and not set(c.losses) & set(REFERENCE_FREE)
         and (c.tune == "full" or c.reference == "cached")
         and not ("kto" in c.losses and c.reference == "cached")
+    ),
+)
+# The prompt's own tokens are learned where an NLL is.
+LEARNS_PROMPTS = Need(
+    "supervised training, or method preference with orpo, cpo or sft",
+    lambda c: (
+        c.method not in OBJECTIVES
+        or (c.method == "preference" and bool({"orpo", "cpo", "sft"} & set(c.losses)))
     ),
 )
 _SCORES = Need("method rm on pairs", lambda c: c.method == "rm" and c.reward == "pairs")
@@ -101,7 +113,7 @@ _LOSSES = Parser(
 )
 _ALPHA = Need(
     "f_divergence alpha_divergence", lambda c: c.f_divergence == "alpha_divergence"
-) & _with(DIVERGENT, "method preference")
+) & _only(DIVERGENT, "method preference")
 
 _key = partial(key, "preference and reward")
 
@@ -131,7 +143,7 @@ class PreferenceKeys:
         needs=_with(SMOOTHED, _listed(SMOOTHED)),
     )  # fmt: skip
     f_divergence: Divergence = _key(
-        "reverse_kl", "divergence from the reference", needs=_with(DIVERGENT, _listed(DIVERGENT))
+        "reverse_kl", "divergence from the reference", needs=_only(DIVERGENT, _listed(DIVERGENT))
     )
     f_alpha: float = _key(0.5, "alpha of alpha_divergence", needs=_ALPHA)
     discopop_tau: float = _key(

@@ -18,12 +18,14 @@ from tqdm import tqdm
 
 from mud_puppy.config import Config
 from mud_puppy.data import Loader
+from mud_puppy.errors import UserError
 from mud_puppy.model import Model, scan_layers
 from mud_puppy.run.datasets import RunData
 from mud_puppy.run.prepare import Prepared, put_batch
 from mud_puppy.run.scores import score_tokens
 
 FOLDER = "reference"
+_MODEL = ("model", "adapter", "precision", "tune")
 
 
 def with_reference(config: Config, output: Path, run: Prepared, data: RunData) -> RunData:
@@ -42,10 +44,14 @@ def with_reference(config: Config, output: Path, run: Prepared, data: RunData) -
 def _with_logps(config: Config, folder: Path, run: Prepared, loader: Loader) -> Loader:
     path = folder / f"{_digest(config, loader)}.npy"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".tmp").open("wb") as file:
-            np.save(file, _logps(run, loader))
-        os.replace(file.name, path)
+        logps = _logps(run, loader)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with path.with_suffix(".tmp").open("wb") as file:
+                np.save(file, logps)
+            os.replace(file.name, path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     return replace(loader, computed={"reference_logps": np.load(path, mmap_mode="r")})
 
 
@@ -70,7 +76,7 @@ def _of_batch(model: Model, params: Any, micro: dict[str, Array]) -> Array:
 def _digest(config: Config, loader: Loader) -> str:
     """Of the rows, and of the model that reads them."""
     found = hashlib.sha256()
-    named = (config.model, config.adapter, config.precision, config.trains, config.quant_backend)
+    named = [v for k, v in sorted(config.to_dict().items()) if k in _MODEL or k.startswith("quant")]
     found.update(repr((named, loader.length, loader.rows)).encode())
     for example in loader.examples:
         for one in example.segments:

@@ -38,6 +38,7 @@ class Method:
     reference: bool = False
 
 
+BETA, SIMPO_BETA = 0.1, 2.0  # where the config says none
 SFT = Method(score_tokens, losses.sft)
 
 
@@ -56,7 +57,7 @@ def method_of(config: Config) -> Method:
 
 
 def _preference(config: Config) -> Method:
-    name, beta = next(iter(config.losses)), config.beta or 0.1
+    name, beta = next(iter(config.losses)), config.beta or BETA
     asked = config.reference != "cached"
     if name in KTO:
         loss = partial(
@@ -83,15 +84,15 @@ def _preference(config: Config) -> Method:
 
 def _reference_free(config: Config, name: str) -> Callable:
     if name == "orpo":
-        return partial(losses.orpo, beta=config.beta or 0.1)
+        return partial(losses.orpo, beta=config.beta or BETA)
     smoothing = config.label_smoothing
     if name == "simpo":
         return partial(
             losses.simpo,
-            beta=config.beta or 2.0,
+            beta=config.beta or SIMPO_BETA,
             gamma=config.simpo_gamma,
             alpha=config.simpo_alpha,
             label_smoothing=smoothing,
         )
-    beta, weight = config.beta or 0.1, config.cpo_alpha
+    beta, weight = config.beta or BETA, config.cpo_alpha
     return partial(losses.cpo, beta=beta, label_smoothing=smoothing, nll_weight=weight)

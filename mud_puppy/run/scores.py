@@ -23,7 +23,7 @@ Scores = dict[str, Any]
 def score_tokens(
     model: Model, params: Tree, reference: Tree, batch: Batch, run_layers: Callable
 ) -> Scores:
-    """ "logps" of every target and "entropy" of every prediction, float32 [B, T]."""
+    """Float32 [B, T]: "logps" of every target and "entropy" of every prediction."""
     hidden, aux = _hidden(model, params, batch, run_layers)
     softcap = model.arch.logit_softcap
     logps, entropy = token_logps(hidden, head(params), batch["targets"], softcap=softcap)
@@ -84,7 +84,7 @@ def score_rewards(
 def score_steps(
     model: Model, params: Tree, reference: Tree, batch: Batch, run_layers: Callable
 ) -> Scores:
-    """ "logits" [B, T, labels] of every token."""
+    """Of every token "logits" [B, T, labels]."""
     hidden, aux = _hidden(model, params, batch, run_layers)
     return {"logits": score_head(hidden, params), "aux": aux}
 

@@ -3,15 +3,11 @@
 Kernels do not partition themselves, and XLA must not do it for them: on two H200 (jax 0.11.2) its
 partitioning of cuDNN's backward pass gave gradients that were 10 % off, inside a scan, with no
 error. Under `shard_map` the same call agrees with one device to bfloat16's rounding.
-
-Segments that share a prefix see it by a second call, merged with the first by the log-sum-exps, as
-the parts of one softmax are (arXiv:2402.05099, section 3.1).
 """
 
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -58,23 +54,14 @@ def _flash(
     prefix_ids: Array | None,
     sinks: Array | None,
 ) -> Array:
-    shared = prefix_ids is not None
-    options = {"scale": scale, "softcap": softcap, "return_lse": shared}
-    own = flash_attention(q, k, v, window=window, segment_ids=segment_ids, sinks=sinks, **options)
-    if not shared:
-        return own
-    # Causal hides nothing, as a prefix stands before what sees it; half of the blocks are left out
-    # where their ids are not looked at (XLA). The ids of what has no part in it never meet.
-    readers, read = jnp.maximum(-prefix_ids, 0), jnp.where(prefix_ids > 0, prefix_ids, -1)
-    return _merged(
-        own, flash_attention(q, k, v, segment_ids=readers, kv_segment_ids=read, **options)
+    return flash_attention(
+        q,
+        k,
+        v,
+        window=window,
+        segment_ids=segment_ids,
+        prefix_ids=prefix_ids,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
     )
-
-
-def _merged(own: tuple[Array, Array], other: tuple[Array, Array]) -> Array:
-    """The attention over the keys of both, from (out [B, T, H, vd], lse [B, T, H]) of each: every
-    query has a key of its own, and a log-sum-exp of -inf weighs nothing."""
-    (x, x_lse), (y, y_lse) = own, other
-    share = jax.nn.sigmoid(y_lse - x_lse)[..., None]
-    a, b = (part.astype(share.dtype) for part in (x, y))
-    return (a + share * (b - a)).astype(x.dtype)

@@ -200,3 +200,14 @@ def test_the_table_tool_fails_on_what_does_not_compile():
     assert "this unit cannot be built" in result.stderr and "Traceback" not in result.stderr
     result = run_table("--unit", "only_a_name")
     assert result.returncode == 1 and "neither package.module:name" in result.stderr
+
+
+@pytest.mark.parametrize("arch, width", [("gfx1100", 64), ("gfx1100", 128), ("gfx942", 64)])
+def test_attention_to_a_shared_prompt(compiler, arch, width):
+    """One more loop around each kernel's, for a query's own segment and for its prompt, costs no
+    registers to speak of."""
+    rows = budget.measure(compiler, "", unit("shared_prefix", arch, width=width), estimate=False)
+    rows = [row for row in rows if row.kernel.startswith("attention_")]
+    assert {"attention_forward", "attention_d_queries"} < {row.kernel for row in rows}
+    for row in rows:
+        assert row.matrix > 0 and row.spills <= 1, row

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mud_puppy.kernels import Quantized
+from mud_puppy.kernels import Quantized, flash_attention
 from mud_puppy.kernels import pallas as pl
 from mud_puppy.kernels.formats import FP8
 from mud_puppy.weights import Fp8, fp8_types, linear
@@ -143,3 +143,18 @@ def fp8_linear(frozen: bool = True, emulated: bool = False, m: int = 2048, n: in
 def plain_product(size: int = 512):
     x = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
     return (lambda x, y: x @ y), (x, x)
+
+
+def shared_prefix(width: int = 64, tokens: int = 2048):
+    """Attention, forward and backward, of pairs whose prompt stands once in a row."""
+    q, k = (jax.ShapeDtypeStruct((1, tokens, heads, width), jnp.bfloat16) for heads in (8, 2))
+    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+
+    def f(q, k, v, segment_ids, prefix_ids):
+        def total(q, k, v):
+            options = {"segment_ids": segment_ids, "prefix_ids": prefix_ids}
+            return flash_attention(q, k, v, implementation="pallas", **options).sum()
+
+        return jax.grad(total, (0, 1, 2))(q, k, v)
+
+    return f, (q, k, k, ids, ids)

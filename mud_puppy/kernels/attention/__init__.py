@@ -29,6 +29,7 @@ def flash_attention(
     window: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
+    prefix_ids: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
@@ -49,6 +50,10 @@ def flash_attention(
     ids of the keys default to those of the queries. A bias below -1e30 hides a key. A query that
     sees no key gives 0. Softmax and sums are float32.
 
+    `prefix_ids`, beside segment ids and for T = S: n > 0 on the keys of prefix n, -n on the queries
+    of other segments that see these keys beside their own segment's, 0 elsewhere. The kernels visit
+    a query's prefix in a loop of its own: a prompt before two answers costs no more than it has.
+
     `sinks` are logits that join each row's denominator and have no value. `dropout` is the
     probability that a weight is set to 0 (the others grow by 1 / (1 - dropout)), decided by a hash
     of the integer `dropout_seed`, which it needs, and the weight's place (b, h, i, j): the same in
@@ -66,11 +71,13 @@ def flash_attention(
     )
     _check(q, k, v, causal, window, segment_ids, kv_segment_ids)
     _check_extras(q, k, softcap, sinks, bias, dropout, dropout_seed)
+    prefixes = None if prefix_ids is None else _prefixes(prefix_ids, segment_ids, k)
     if window is not None and window >= k.shape[1]:
         window = None
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = Options(causal, window, factor, softcap, dropout)
     extras = {"sinks": sinks, "bias": bias, "seed": seed_of(dropout_seed) if dropout else None}
+    extras |= {"prefixes": prefixes}
     name = choose(implementation, q, k, v, segment_ids, kv_segment_ids, options, extras, return_lse)
     attend = {"xla": xla, "pallas": flash, "cudnn": cudnn, "reference": reference}[name].attention
     out, lse = attend(q, k, v, segment_ids, kv_segment_ids, options=options, **extras)
@@ -103,6 +110,16 @@ def _check(
             f"expected segment ids {(B, T)} and {(B, S)}; got {q_segments.shape} and "
             f"{k_segments.shape}: with T != S pass kv_segment_ids"
         )
+
+
+def _prefixes(ids: Any, segment_ids: Any, k: Any) -> tuple[Any, Any]:
+    """(what queries read, what keys are read as): what has no part in it never meets."""
+    check_array("attention", "prefix_ids", ids, "B T", INTEGERS)
+    if segment_ids is None or not ids.shape == segment_ids.shape == k.shape[:2]:
+        raise ValueError(
+            f"prefix_ids need segment_ids beside them and T = S; got {ids.shape} for keys {k.shape}"
+        )
+    return jnp.maximum(-ids, 0), jnp.where(ids > 0, ids, -1)
 
 
 def _check_extras(

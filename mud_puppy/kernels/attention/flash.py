@@ -24,7 +24,7 @@ from mud_puppy.kernels.attention.prepare import (
 from mud_puppy.kernels.attention.tile import LOG2E
 
 
-def declines(q: Any, v: Any) -> str | None:
+def declines(q: Any, v: Any, extras: dict) -> str | None:
     """Why the kernels cannot serve this call, or None if they can."""
     if target.current().platform not in ("cuda", "rocm", "cpu"):
         return f"Pallas-Triton has no backend for {target.current().platform}"
@@ -32,6 +32,8 @@ def declines(q: Any, v: Any) -> str | None:
         return f"dtype {q.dtype} is none of bfloat16, float16, float32"
     if max(q.shape[-1], v.shape[-1]) > WIDTHS[-1]:
         return f"a head is wider than {WIDTHS[-1]}"
+    if extras["bias"] is not None and extras["prefixes"] is not None:
+        return "a bias and prefixes come together"
     return None
 
 
@@ -46,13 +48,15 @@ def attention(
     sinks: Any = None,
     bias: Any = None,
     seed: Any = None,
+    prefixes: tuple[Any, Any] | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Any, Any]:
     """(out [B, T, H, Dv] in q's dtype, float32 log-sum-exp [B, T, H])."""
     tiles = tiles or tuned_tiles(q, v, packed=q_ids is not None)
     D = q.shape[-1], v.shape[-1]
     q, k, v = (pad(x, 3, -x.shape[3] % 16) for x in (q, k, v))
-    inputs = {"sinks": sinks, "bias": bias, "seed": seed, "q_ids": q_ids, "k_ids": k_ids}
+    inputs = {"sinks": sinks, "bias": bias, "seed": seed, "prefixes": prefixes}
+    inputs |= {"q_ids": q_ids, "k_ids": k_ids}
     result: Any = _attention((options, tiles), q, k, v, inputs)
     out, lse = result
     return out[..., : D[1]], lse.transpose(0, 2, 1)
@@ -176,7 +180,7 @@ def one_pass(name: str, options: Options, tiles: Tiles) -> Callable:
     row]), for tuning and measuring. "d_keys" gives d_values as well where tiles have none for it;
     d_queries takes d_out for out and row for d_lse, too.
     """
-    extra = dict.fromkeys(("sinks", "bias", "seed", "q_ids", "k_ids"))
+    extra = dict.fromkeys(("sinks", "bias", "seed", "prefixes", "q_ids", "k_ids"))
     if name == "forward":
         return lambda q, k, v: _forward_pass(options, tiles, q, k, v, extra)
     if name == "d_keys" and tiles.d_values is None:

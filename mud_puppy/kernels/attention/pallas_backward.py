@@ -6,6 +6,7 @@ a query block over its keys; each makes the scores again. d_k's works on transpo
 queries], so that p^T and d scores^T leave one product in the layout that the next one takes.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,7 +52,6 @@ def d_queries(plan: Plan, inputs: dict[str, Any]) -> tuple[Any, Any]:
 
 def _queries_program(plan: Plan, refs: dict, dq_ref: Any, row_ref: Any) -> None:
     b, h, i = place(plan)
-    bounds = tile.ranges(plan, refs, b, i)
     rows, kv_head = plan.q_block, tile.kv_head(refs, h)
     start = i * rows
     columns = min(plan.row_columns, (width := refs["out"].shape[-1]) & -width)
@@ -64,17 +64,20 @@ def _queries_program(plan: Plan, refs: dict, dq_ref: Any, row_ref: Any) -> None:
         for x, y in zip(own.read("d_out"), own.read("out"), strict=True):
             row += (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(1)
     pl.store(row_ref.at[at], row)
-    scores = Tile(plan, refs, b, h, i=i)
 
-    def step(j: Any, sums: tuple, hidden: Hidden) -> tuple:
+    def step(scores: Tile, j: Any, sums: tuple, hidden: Hidden) -> tuple:
         other = tile.Operand(plan, refs, b, j * plan.k_block, plan.k_block, kv_head)
         block = scores.block(i, j, hidden)
         products = own.products("q", other, "k"), own.products("d_out", other, "v")
         d_x = _d_scores(block, *products, lse, row)[1]
         return tile.accumulate(sums, d_x, other.summed("k"), plan.transposed)
 
+    def visit(way: Any, sums: tuple) -> tuple:
+        scores = Tile(plan, refs, way, b, h, i=i)
+        return tile.over(plan, tile.ranges(plan, refs, way, b, i), partial(step, scores), sums)
+
     D = dq_ref.shape[-1]
-    sums = tile.over(plan, bounds, step, tile.zeros(rows, D))
+    sums = tile.each_way(refs, visit, tile.zeros(rows, D))
     tile.write(dq_ref, b, start, rows, h, tuple(x * plan.options.scale for x in sums))
 
 
@@ -129,14 +132,10 @@ def _keys_program(plan: Plan, refs: dict, outputs: dict) -> None:
     axes = (1, 0, 2) if plan.heads_first else (2, 1, 0)
     b, kv_head, j = (pl.program_id(axis) for axis in axes)  # a causal mask's first keys see most
     rows, group = plan.k_block, refs["q"].shape[2] // refs["k"].shape[2]
-    # One loop over the heads of the group within each block: a loop a head would start a pipeline
-    # a head, and neighbouring heads are neighbours in memory.
-    bounds = tile.times(tile.ranges(plan, refs, b, j, by_key=True), group)
     keep = ("k", "v") if "k" in outputs else ("k",)
     own = tile.Operand(plan, refs, b, j * rows, rows, kv_head, keep=keep)
-    first = Tile(plan, refs, b, kv_head * group, j=j)
 
-    def step(n: Any, sums: dict, hidden: Hidden) -> dict:
+    def step(first: Tile, n: Any, sums: dict, hidden: Hidden) -> dict:
         i, g = tile.divided(n, group)
         scores = first.of_head(g)
         sums, at = dict(sums), (b, i * plan.q_block, plan.q_block, scores.h)
@@ -153,8 +152,15 @@ def _keys_program(plan: Plan, refs: dict, outputs: dict) -> None:
                 sums[name] = tile.accumulate(sums[name], weights, tiles, plan.transposed)
         return sums
 
+    def visit(way: Any, sums: dict) -> dict:
+        first = Tile(plan, refs, way, b, kv_head * group, j=j)
+        # One loop over the heads of the group within each block: a loop a head would start a
+        # pipeline a head, and neighbouring heads are neighbours in memory.
+        bounds = tile.times(tile.ranges(plan, refs, way, b, j, by_key=True), group)
+        return tile.over(plan, bounds, partial(step, first), sums)
+
     sums = {name: tile.zeros(rows, ref.shape[-1]) for name, ref in outputs.items()}
-    sums = tile.over(plan, bounds, step, sums)
+    sums = tile.each_way(refs, visit, sums)
     scales = {"k": plan.options.scale, "v": 1 / (1 - plan.options.dropout)}
     for name, ref in outputs.items():
         tile.write(ref, b, j * rows, rows, kv_head, tuple(x * scales[name] for x in sums[name]))
@@ -201,7 +207,7 @@ def _bias_program(plan: Plan, refs: dict, out_ref: Any) -> None:
         at = b, j * plan.k_block, plan.k_block, tile.kv_head(refs, h)
         k, v = tile.heads(refs["k"], *at), tile.heads(refs["v"], *at)
         lse, row = (pl.load(refs[name].at[b, h, rows]) for name in ("lse", "row"))
-        block = Tile(plan, refs, b, h, i=i).block(i, j, Hidden(True, "q_ids" in refs))
+        block = Tile(plan, refs, 0, b, h, i=i).block(i, j, Hidden(True, "q_ids" in refs))
         products = tile.products(q, k), tile.products(d_out, v)
         return total + _d_scores(block, *products, lse, row, capped=True)[1]
 

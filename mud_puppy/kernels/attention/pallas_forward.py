@@ -4,6 +4,7 @@ Online softmax (arXiv:2205.14135) in base 2. The output's rows are divided by th
 (arXiv:2307.08691). Arrays are padded to whole blocks and heads to multiples of 16 by the caller.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,8 +21,9 @@ def forward(plan: Plan, inputs: dict[str, Any]) -> tuple[Any, Any]:
 
     inputs: q [B, T, H, D], k [B, S, K, D], v [B, S, K, Dv] or, if plan.transposed, v_t [B, K, Dv,
     S]; if plan.chunk divides D, q_chunks [1] int32, D / chunk;
-    and where the call has them sinks [H], bias [B|1, H|1, T, S], seed [1] uint32, q_ids [B, T],
-    k_ids [B, S] and plan.SEGMENTS [B, q_blocks].
+    and where the call has them sinks [H], bias [B|1, H|1, T, S], seed [1] uint32 and, for each way
+    in which ids let a query see a key, q_ids [W, B, T], k_ids [W, B, S] and plan.SEGMENTS [W, B,
+    q_blocks].
     """
     q = inputs["q"]
     B, T, H, D = q.shape
@@ -50,13 +52,11 @@ def forward(plan: Plan, inputs: dict[str, Any]) -> tuple[Any, Any]:
 
 def _program(plan: Plan, refs: dict, out_ref: Any, lse_ref: Any) -> None:
     b, h, i = place(plan)
-    bounds = tile.ranges(plan, refs, b, i)  # the first read: the loops wait for it
     rows, kv_head = plan.q_block, tile.kv_head(refs, h)
     start = i * rows
     own = tile.Operand(plan, refs, b, start, rows, h, keep=("q",))
-    scores = Tile(plan, refs, b, h, i=i)
 
-    def step(j: Any, carry: Any, hidden: Hidden) -> Any:
+    def step(scores: Tile, j: Any, carry: Any, hidden: Hidden) -> Any:
         sums, top, total = carry
         other = tile.Operand(plan, refs, b, j * plan.k_block, plan.k_block, kv_head)
         block = scores.block(i, j, hidden)
@@ -70,10 +70,15 @@ def _program(plan: Plan, refs: dict, out_ref: Any, lse_ref: Any) -> None:
         sums = tuple(x * keep[:, None] for x in sums)
         return tile.accumulate(sums, p, other.summed("v"), plan.transposed), new_top, total
 
+    def visit(way: Any, carry: Any) -> Any:
+        scores = Tile(plan, refs, way, b, h, i=i)
+        bounds = tile.ranges(plan, refs, way, b, i)
+        return tile.over(plan, bounds, partial(step, scores), carry)
+
     Dv = out_ref.shape[-1]
     top, total = jnp.full((rows,), LOWEST, jnp.float32), jnp.zeros((rows,), jnp.float32)
     carry = tile.zeros(rows, Dv), top, total
-    sums, top, total = tile.over(plan, bounds, step, carry)
+    sums, top, total = tile.each_way(refs, visit, carry)
     if "sinks" in refs:
         sink = refs["sinks"][h] * LOG2E
         new_top = jnp.maximum(top, sink)

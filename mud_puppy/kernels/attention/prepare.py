@@ -63,13 +63,21 @@ def inputs_of(
     if plan.options.dropout:
         given["seed"] = extra["seed"].reshape(1)
     if extra["q_ids"] is not None:
-        q_ids, k_ids = (
-            jnp.pad(x.astype(jnp.int32), ((0, 0), (0, n)), mode="edge")
-            for x, n in ((extra["q_ids"], t), (extra["k_ids"], s))
-        )
-        given |= {"q_ids": q_ids, "k_ids": k_ids}
-        given |= segment_ranges(plan, q_ids, k_ids, by_key=by_key)
+        ways = [(extra["q_ids"], extra["k_ids"])]
+        ways += [] if extra["prefixes"] is None else [extra["prefixes"]]
+        found = [_of_way(plan, *ids, t, s, by_key) for ids in ways]
+        given |= {name: jnp.stack([way[name] for way in found]) for name in found[0]}
     return given
+
+
+def _of_way(plan: Plan, q_ids: Any, k_ids: Any, t: int, s: int, by_key: bool) -> dict[str, Any]:
+    """The ids by which queries see keys, in whole blocks, and which of these meet."""
+    q_ids, k_ids = (
+        jnp.pad(x.astype(jnp.int32), ((0, 0), (0, n)), mode="edge")
+        for x, n in ((q_ids, t), (k_ids, s))
+    )
+    found = segment_ranges(plan, q_ids, k_ids, by_key=by_key)
+    return {"q_ids": q_ids, "k_ids": k_ids} | found
 
 
 def layouts(

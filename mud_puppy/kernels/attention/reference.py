@@ -24,6 +24,7 @@ def attention(
     sinks: Float[Array, " H"] | None = None,
     bias: Float[Array, "#B #H T S"] | None = None,
     seed: Any = None,
+    prefixes: tuple[Any, Any] | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """(softmax(scores) v in q's dtype, log-sum-exp of the visible scores and the sink)."""
     B, T, H, _ = q.shape
@@ -32,7 +33,10 @@ def attention(
     k, v = (jnp.repeat(x.astype(dtype), groups, axis=2) for x in (k, v))
     seen = visible(T, S, options.causal, options.window)[None]
     if q_segments is not None and k_segments is not None:
-        seen = seen & (q_segments[:, :, None] == k_segments[:, None, :])
+        same = q_segments[:, :, None] == k_segments[:, None, :]
+        if prefixes is not None:
+            same |= prefixes[0][:, :, None] == prefixes[1][:, None, :]
+        seen = seen & same
     scores = jnp.einsum("bthd,bshd->bhts", q.astype(dtype), k, precision="highest")
     scores = scores * options.scale
     if options.softcap is not None:

@@ -31,7 +31,7 @@ def choose(
             q, k, v, q_segments, k_segments, options, extras, return_lse
         ),
         "pallas": lambda: (
-            flash.declines(q, v) or choice.checked_by_shard_map(q, k, v) or fault(q, v)
+            flash.declines(q, v, extras) or choice.checked_by_shard_map(q, k, v) or fault(q, v)
         ),
     }
     order = _order(q.dtype, packed=q_segments is not None)

@@ -28,15 +28,17 @@ LOWEST = -1e30
 
 
 class Tile:
-    """Scores of head h in row b, for blocks of queries and keys; one of them, i or j, is fixed."""
+    """Scores of head h in row b, for blocks of queries and keys; one of them, i or j, is fixed.
+
+    way: of `each_way`, whose ids are compared."""
 
     def __init__(
-        self, plan: Plan, refs: dict, b: Any, h: Any, *, i: Any = None, j: Any = None
+        self, plan: Plan, refs: dict, way: Any, b: Any, h: Any, *, i: Any = None, j: Any = None
     ) -> None:
-        self.plan, self.refs, self.b, self.h = plan, refs, b, h
-        self.fixed = {"q_ids": i, "k_ids": j}
+        self.plan, self.refs, self.way, self.b, self.h = plan, refs, way, b, h
         self.queries = 1 if i is None else 0  # the axis of the queries in a tile
-        self.ids = {name: self._ids(name, at) for name, at in self.fixed.items() if at is not None}
+        fixed = {"q_ids": i, "k_ids": j}
+        self.ids = {name: self._ids(name, at) for name, at in fixed.items() if at is not None}
 
     @property
     def factor(self) -> float:
@@ -72,7 +74,7 @@ class Tile:
         if name not in self.refs:
             return None
         size = self.plan.q_block if name == "q_ids" else self.plan.k_block
-        return self.refs[name][self.b, pl.ds(at * size, size)]
+        return self.refs[name][self.way, self.b, pl.ds(at * size, size)]
 
     def _bias(self, i: Any, j: Any) -> Any:
         plan, bias = self.plan, self.refs["bias"]
@@ -299,13 +301,21 @@ def _loop(start: Any, stop: Any, body: Callable, carry: Any) -> Any:
     return jax.lax.fori_loop(start, stop, body, carry)
 
 
-def ranges(plan: Plan, refs: dict, b: Any, n: Any, *, by_key: bool = False) -> tuple:
+def each_way(refs: dict, visit: Callable, carry: Any) -> Any:
+    """carry = visit(way, carry) for each way in which ids let a query see a key: by its segment's,
+    and by those of the prefix that it reads. A loop, since the code of both would take the
+    registers of both."""
+    ways = refs["q_ids"].shape[0] if "q_ids" in refs else 1
+    return visit(0, carry) if ways == 1 else jax.lax.fori_loop(0, ways, visit, carry)
+
+
+def ranges(plan: Plan, refs: dict, way: Any, b: Any, n: Any, *, by_key: bool = False) -> tuple:
     """(low, full_low, full_high, high, same) for `over`: blocks to visit, those of which positions
     hide nothing, and (first, end) of those of which ids hide nothing, or None without ids."""
     low, full_low, full_high, high = (plan.query_range if by_key else plan.key_range)(n)
     if "first" not in refs:
         return low, full_low, full_high, high, None
-    low, high, same_first, same_end, same = (refs[name][b, n] for name in SEGMENTS)
+    low, high, same_first, same_end, same = (refs[name][way, b, n] for name in SEGMENTS)
     # With others between the same, which only unordered ids have, all are compared.
     same_end = jnp.where(same_end - same_first == same, same_end, 0)
     return jnp.minimum(low, high), full_low, full_high, high, (same_first, same_end)

@@ -8,8 +8,9 @@ and V are never repeated, and B stays an axis of its own, so the batch may be sh
 merged by the log-sum-exp, as any part of a sequence could be.
 """
 
+import operator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -64,6 +65,7 @@ def attention(
     sinks: Float[Array, " H"] | None = None,
     bias: Float[Array, "#B #H T S"] | None = None,
     seed: Any = None,
+    prefixes: tuple[Any, Any] | None = None,
     max_block: int | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """(out in q's dtype, float32 log-sum-exp); a query that sees no key gives 0 and -inf."""
@@ -78,7 +80,12 @@ def attention(
         heads = (K, -1) if bias.shape[1] > 1 else (1, 1)
         bias = bias.reshape(bias.shape[0], *heads, T, S)
         bias = _pad(_pad(bias, plan.q_block, 3), plan.k_block, 4)
-    extra = qs, _pad(k_segments, plan.k_block, 1), seed
+    readers, read = prefixes or (None, None)
+    ids = (
+        (qs, _pad(k_segments, plan.k_block, 1)),
+        tuple(_pad(x, block, 1) for x, block in ((readers, plan.q_block), (read, plan.k_block))),
+    )
+    extra = ids, seed
     result: Any = _attention(plan, *alike((q, k, v, bias, extra)))
     out, lse = result
     out = out[:, :, :, :T].transpose(0, 3, 1, 2, 4)
@@ -97,8 +104,8 @@ def _with_sinks(out: Any, lse: Any, sinks: Any) -> tuple[Any, Any]:
 
 
 # Below, q is [B, K, G, T, D], out [B, K, G, T, Dv], k [B, K, S, D], v [B, K, S, Dv], lse [B, K, G,
-# T], bias [B|1, K|1, G|1, T, S] or None, and extra the segment ids [B, T] and [B, S] and the seed;
-# T and S are whole blocks.
+# T], bias [B|1, K|1, G|1, T, S] or None, and extra the ids of segments and of prefixes, [B, T] and
+# [B, S] each or None, and the seed; T and S are whole blocks.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -163,7 +170,7 @@ def _backward(plan: _Plan, residuals: Any, cotangents: Any) -> Any:
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, f32), (q, k, v, bias))
     grads = _each(step, zeros, plan.pairs())
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, (q, k, v, bias))
-    return *grads, (None, None, None)
+    return *grads, (None, None)
 
 
 _attention.defvjp(_forward, _backward)
@@ -172,7 +179,6 @@ _attention.defvjp(_forward, _backward)
 def _scores(plan: _Plan, pair: Any, q: Any, k: Any, bias: Any, extra: tuple) -> Any:
     """(key block, masked float32 scores [B, K, G, q_block, k_block], d scores / d q k^T / scale)"""
     i, j = pair
-    qs, ks, _ = extra
     kj, slope = _take(k, j, plan.k_block, 2), 1
     scores = _dot("bkgtd,bksd->bkgts", _take(q, i, plan.q_block, 3), kj) * plan.options.scale
     if plan.options.softcap is not None:
@@ -189,9 +195,13 @@ def _scores(plan: _Plan, pair: Any, q: Any, k: Any, bias: Any, extra: tuple) -> 
     if plan.options.window is not None:
         seen &= s > t - plan.options.window
     seen = seen[None]
-    if qs is not None:
-        qsi, ksj = _take(qs, i, plan.q_block, 1), _take(ks, j, plan.k_block, 1)
-        seen &= qsi[:, :, None] == ksj[:, None, :]
+    ids = [
+        (_take(a, i, plan.q_block, 1), _take(b, j, plan.k_block, 1))
+        for a, b in extra[0]
+        if a is not None
+    ]
+    if ids:
+        seen &= reduce(operator.or_, (a[:, :, None] == b[:, None, :] for a, b in ids))
     return kj, jnp.where(seen[:, None, None], scores, -jnp.inf), slope
 
 
@@ -211,7 +221,7 @@ def _dropped(plan: _Plan, pair: Any, p: Any, extra: tuple) -> Any:
     b = jnp.arange(B).reshape(B, 1, 1, 1, 1)
     h = jnp.arange(K * G).reshape(1, K, G, 1, 1)
     i, j = (x[None, None, None] for x in _positions(plan, pair))
-    return jnp.where(kept(rate, extra[2], b, h, i, j), p / (1 - rate), 0)
+    return jnp.where(kept(rate, extra[1], b, h, i, j), p / (1 - rate), 0)
 
 
 def _each(step: Any, state: Any, pairs: np.ndarray) -> Any:

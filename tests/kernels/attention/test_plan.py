@@ -44,15 +44,15 @@ def test_ranges_of_segments(make, by_key):
     plan = Plan(Options(True, 70, 1.0), T, T, 16, 8, 4, 1)
     ids = np.asarray(make(B, T))
     table = segment_ranges(plan, ids, ids, by_key=by_key)
-    refs = {name: np.asarray(x) for name, x in table.items()}
+    refs = {name: np.asarray(x)[None] for name, x in table.items()}
     seen = np.asarray(plan.seen(np.arange(T)[:, None], np.arange(T)[None]))
     seen = seen & (ids[:, :, None] == ids[:, None, :])
     tiles = seen.reshape(B, 6, 16, 12, 8).transpose(0, 1, 3, 2, 4)
     tiles = tiles.transpose(0, 2, 1, 3, 4) if by_key else tiles
     visited = full = 0
-    for b, n in np.ndindex(refs["first"].shape):
+    for b, n in np.ndindex(refs["first"][0].shape):
         low, full_low, full_high, high, same = map(
-            np.asarray, tile.ranges(plan, refs, b, n, by_key=by_key)
+            np.asarray, tile.ranges(plan, refs, 0, b, n, by_key=by_key)
         )
         full_low, full_high = max(full_low, same[0]), min(full_high, same[1])
         used = np.flatnonzero(tiles[b, n].any((1, 2)))

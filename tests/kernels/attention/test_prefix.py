@@ -1,4 +1,4 @@
-"""Segments that see a prefix beside themselves: two calls merged, against one with a dense mask."""
+"""Segments that see a prefix beside themselves, against a dense mask."""
 
 from functools import partial
 from typing import Any
@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from mud_puppy.kernels import flash_attention
-from mud_puppy.kernels.attention.plan import Options, Plan, segment_ranges
+from mud_puppy.kernels.attention import tile
+from mud_puppy.kernels.attention.plan import Options, Plan
+from mud_puppy.kernels.attention.prepare import inputs_of
 from mud_puppy.model import attention
 from tests.kernels import contract
-from tests.kernels.attention.calls import inputs
+from tests.kernels.attention.calls import inputs, qkv
 from tests.kernels.contract import differences, tolerance
 
 
@@ -93,22 +95,26 @@ def compared(case: str) -> tuple[list, list, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_calls_are_one(implementation: str, case: str) -> None:
+def test_readers_see_their_prefix(implementation: str, case: str) -> None:
     got, want, dtype = compared(case)
-    # The parts are rounded to the dtype before they are merged.
-    assert max(differences(got, want)) < 2 * tolerance(dtype, 72 * 8)
+    assert max(differences(got, want)) < tolerance(dtype, 72 * 8)
 
 
 WRONG = {
-    "the mean of both": lambda own, other: (own[0] + other[0]) / 2,
-    "the prefix alone": lambda own, other: other[0],
-    "no prefix": lambda own, other: own[0],
+    "no prefix": lambda ids: jnp.zeros_like(ids),
+    "the next group's prefix": lambda ids: jnp.where(ids < 0, ids - 1, ids),
+    "a prefix that is one token longer": lambda ids: jnp.where(
+        (ids == 0) & (jnp.roll(ids, 1, 1) > 0), jnp.roll(ids, 1, 1), ids
+    ),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_another_merge_differs(monkeypatch: Any, name: str) -> None:
-    monkeypatch.setattr(attention, "_merged", WRONG[name])
+def test_other_ids_differ(monkeypatch: Any, name: str) -> None:
+    def wrong(*arrays: Any, prefix_ids: Any, **options: Any) -> Any:
+        return flash_attention(*arrays, prefix_ids=WRONG[name](prefix_ids), **options)
+
+    monkeypatch.setattr(attention, "flash_attention", wrong)
     got, want, _ = compared("plain")
     assert max(differences(got, want)) > 1e-2
 
@@ -118,11 +124,11 @@ def test_the_kernels_too(monkeypatch: Any) -> None:
         attention, "flash_attention", partial(flash_attention, implementation="pallas")
     )
     got, want, dtype = compared("latent, softcap, sinks, scale")
-    assert max(differences(got, want)) < 2 * tolerance(dtype, 72 * 8)
+    assert max(differences(got, want)) < tolerance(dtype, 72 * 8)
 
 
 def test_what_sees_no_prefix_is_as_without(implementation: str) -> None:
-    """To the bit, gradients too: a part that no key is in weighs nothing."""
+    """To the bit, gradients too."""
     arrays, (d_out, _) = inputs(B=3, T=72, sinks=True)
     segments, prefixes = layouts(3, 72)
     plain = contract.compiled(partial(attend, segments, None, {}), (arrays,), d_out)
@@ -134,27 +140,41 @@ def test_what_sees_no_prefix_is_as_without(implementation: str) -> None:
     assert not np.array_equal(shared[0][reads], plain[0][reads])
 
 
-def test_blocks_that_do_not_meet_are_skipped(monkeypatch: Any) -> None:
-    """The second call looks at the blocks of readers and their prefix, and at no others."""
-    calls = []
-
-    def recorded(q: Any, k: Any, v: Any, **options: Any) -> Any:
-        calls.append(options)
-        return q, q[..., 0]
-
-    monkeypatch.setattr(attention, "flash_attention", recorded)
+def test_blocks_that_do_not_meet_are_skipped() -> None:
+    """A query visits its own segment's blocks and its prefix's, not what stands between them."""
     block, prefix, answer, groups = 16, 128, 64, 4
     segments, prefixes = [], []
     for g in range(groups):
         segments += [2 * g + 1] * (prefix + answer) + [2 * g + 2] * answer
         prefixes += [g + 1] * prefix + [0] * answer + [-g - 1] * answer
     T = len(segments)
-    arrays, _ = inputs(B=1, T=T)
+    q, k, v = qkv(B=1, T=T)
     ids, prefix_ids = (jnp.asarray([x], jnp.int32) for x in (segments, prefixes))
-    attend(ids, prefix_ids, {}, arrays)
-    _, second = calls
-    plan = Plan(Options(second.get("causal", True), None, 1.0), T, T, block, block, 4, 1)
+    both = jnp.maximum(-prefix_ids, 0), jnp.where(prefix_ids > 0, prefix_ids, -1)
+    extra = {"bias": None, "q_ids": ids, "k_ids": ids, "prefixes": both}
+    plan = Plan(Options(True, None, 1.0), T, T, block, block, 4, 1)
     for by_key in (False, True):
-        found = segment_ranges(plan, second["segment_ids"], second["kv_segment_ids"], by_key=by_key)
-        visited = np.maximum(found["end"] - found["first"], 0).sum()
-        assert visited == found["same"].sum() == groups * (prefix // block) * (answer // block)
+        refs = inputs_of(plan, q, k, v, extra, by_key=by_key)
+        visited = 0
+        for n in range(T // block):
+            low, full_low, full_high, high, same = tile.ranges(plan, refs, 1, 0, n, by_key=by_key)
+            visited += max(0, int(high - low))
+            hides_nothing = min(full_high, same[1]) - max(full_low, same[0])
+            assert high <= low or hides_nothing == high - low
+        assert visited == groups * (prefix // block) * (answer // block)
+
+
+def test_what_cannot_be_asked() -> None:
+    q, k, v = qkv(B=1, T=16)
+    ids = jnp.ones((1, 16), jnp.int32)
+    with pytest.raises(ValueError, match="prefix_ids need segment_ids"):
+        flash_attention(q, k, v, prefix_ids=ids)
+    with pytest.raises(ValueError, match="T = S"):
+        flash_attention(
+            q[:, :8], k, v, segment_ids=ids[:, :8], kv_segment_ids=ids, prefix_ids=ids[:, :8]
+        )
+    with pytest.raises(ValueError, match="a bias and prefixes come together"):
+        bias = jnp.zeros((1, 1, 16, 16))
+        flash_attention(
+            q, k, v, segment_ids=ids, prefix_ids=ids, bias=bias, implementation="pallas"
+        )

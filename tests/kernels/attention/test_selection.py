@@ -65,9 +65,10 @@ def chosen(arch, monkeypatch, ids=None, fault=None, implementation=None, **shape
     monkeypatch.setattr(selfcheck, "fault", lambda name, case: fault)
     q, k, v = qkv(**{"dtype": jnp.bfloat16} | shape)
     platform = "cuda" if arch.startswith("sm") else "rocm"
+    extras = dict.fromkeys(("sinks", "bias", "seed", "prefixes"))
     with target.use(target.Target(platform, arch)):
         return selection.choose(
-            implementation, q, k, v, ids, ids, Options(True, None, 1.0), {}, False
+            implementation, q, k, v, ids, ids, Options(True, None, 1.0), extras, False
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from mud_puppy.config import Config, check_output, clear_output
-from mud_puppy.data import prefetch
+from mud_puppy.data import batches_apart, prefetch
 from mud_puppy.gptq import run_gptq
 from mud_puppy.model import Model, abstract
 from mud_puppy.parallel import batch_devices, make_mesh
@@ -31,6 +31,8 @@ from mud_puppy.run.prepare import Prepared, check_asked, load_params, prepare
 from mud_puppy.run.prompts import uses_chat
 from mud_puppy.run.record import changed_keys
 from mud_puppy.run.recorder import Recorder
+from mud_puppy.run.rollout import check_rollouts, rollouts
+from mud_puppy.run.taught import with_teacher
 from mud_puppy.run.vocabulary import run_tokenizer, with_room, with_scores
 from mud_puppy.sampling import generate
 
@@ -70,7 +72,9 @@ def train(source: Config | Mapping[str, Any] | str | os.PathLike) -> Result:
     shaped, shapes = with_scores(config, shaped, shapes, tokenizer.pad_token_id)
     check_result(config, shaped, shapes)
     data = load_data(config, shaped, tokenizer, batch_devices(mesh))
+    check_rollouts(config, shaped, data.train)
     with jax.set_mesh(mesh), memory_errors():
+        data = with_teacher(config, data, shaped.arch.vocab_size, tokenizer, mesh)
         model, params = load_params(config, mesh)
         run = prepare(config, model, params, mesh, _total_steps(config, data))
         del params  # the optimizer's step gives its buffers away
@@ -101,7 +105,8 @@ def _run(config: Config, output: Path, run: Prepared, data: RunData, tokenizer: 
         batches = zip(
             steps, prefetch(data.train, first, plan.total_steps, config.num_workers), strict=True
         )
-        ended = fit(run.step, state, batches, evaluate, plan, checkpoints, record, course)
+        sample = rollouts(config, run, data.train, tokenizer)
+        ended = fit(run.step, state, batches, evaluate, plan, checkpoints, record, course, sample)
         state, best = ended.state, ended.course.best_step
         if ended.reason == "signal":
             log.warning("stopped at step %d; go on with --resume", int(state.step))
@@ -145,7 +150,9 @@ def _evaluation(run: Prepared, data: RunData) -> Any:
     held = data.evaluation
     if held is None:
         return None
-    return lambda state: run.evaluate(state, map(held.batch_at, range(held.steps_per_epoch)))
+    apart = batches_apart(held)
+    sources = [source for source, _ in apart]
+    return lambda state: run.evaluate(state, (held.batch_of(rows) for _, rows in apart), sources)
 
 
 def _measure_merged(
@@ -164,7 +171,8 @@ def _measure_merged(
         return
 
     def loss(params: Tree) -> float:
-        return run.measure(params, map(held.batch_at, range(held.steps_per_epoch)))["eval_loss"]
+        batches = (held.batch_of(rows) for _, rows in batches_apart(held))
+        return run.measure(params, batches)["eval_loss"]
 
     found = {"with its adapter": trained["eval_loss"]}
     for how in dict.fromkeys(("bf16", config.merged_as)):

@@ -54,7 +54,7 @@ SIGNATURES = {
     **{
         f"losses.{name}": "scores batch weight_sum"
         for name in mp.losses.__all__
-        if name != "generalized_jsd"
+        if name not in ("generalized_jsd", "top_k_jsd")
     },
 }
 

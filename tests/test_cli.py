@@ -54,12 +54,13 @@ def example(spec) -> str:
         return "data=2,fsdp=4"
     if spec.name == "preference":
         return "ipo"
-    if spec.name in ("label_smoothing", "f_alpha"):
+    if spec.name in ("label_smoothing", "f_alpha", "distill_beta"):
         return "0.1"
     return EXAMPLES[base_type(spec)]
 
 
 PREFERENCE = {"method": "preference"}
+DISTILL = {"method": "distill", "teacher": "t"}
 CONTEXT = {
     "lr_restarts": {"lr_scheduler": "cosine_with_restarts"},
     "lr_power": {"lr_scheduler": "polynomial"},
@@ -71,6 +72,7 @@ CONTEXT = {
     "tokens_per_batch": {"max_seq_length": 2},
     "quant_backend": {"method": "qlora"},
     "quant_group": {"method": "qlora"},
+    "quant_double": {"method": "qlora"},
     "quant_embeddings": {"method": "qlora"},
     **{key: {"method": "gptq"} for key in KEYS if key.startswith("gptq_")},
     **{key: PREFERENCE for key in "preference beta ld_alpha label_smoothing f_divergence".split()},
@@ -86,6 +88,13 @@ CONTEXT = {
     "undesirable_weight": PREFERENCE | {"preference": "kto"},
     "reward": {"method": "rm"},
     "reward_centering": {"method": "rm"},
+    **{key: DISTILL for key in KEYS if key.startswith("distill_")},
+    "teacher": {"method": "distill"},
+    "teacher_logits": {"method": "distill"},
+    "teacher_quant": DISTILL,
+    "distill_top_k": DISTILL | {"teacher_logits": "t"},
+    "rollout_max_new_tokens": DISTILL | {"distill_on_policy": 0.5},
+    "rollout_temperature": DISTILL | {"distill_on_policy": 0.5},
     **{f"qat_{key}": {"method": "qat"} for key in "format group activations ranges lora".split()},
 }
 

@@ -134,8 +134,8 @@ BAD_VALUES = [
     (
         "method",
         "lroa",
-        "config: method: 'lroa' is not one of full, lora, qlora, qat, gptq, preference, rm, prm. "
-        "Did you mean 'lora'?",
+        "config: method: 'lroa' is not one of full, lora, qlora, qat, gptq, preference, rm, prm, "
+        "distill. Did you mean 'lora'?",
     ),
     (
         "gradient_checkpointing",
@@ -224,6 +224,14 @@ WITHOUT_EFFECT = [
     ({"method": "full", "gptq_awq": True}, "gptq_awq"),
     ({"method": "gptq", "eval_split": 0.1, "eval_steps": 3}, "eval_steps"),
     ({"method": "gptq", "sample_max_new_tokens": 8}, "sample_max_new_tokens"),
+    # 0, false and null are values like others where they are not the default.
+    ({"method": "gptq", "save_steps": None}, "save_steps"),
+    ({"method": "gptq", "max_grad_norm": None}, "max_grad_norm"),
+    ({"optimizer": "lion", "adam_beta1": 0}, "adam_beta1"),
+    ({"optimizer": "sgd", "adam_beta2": 0}, "adam_beta2"),
+    ({"method": "qlora", "quant_backend": "int8", "quant_double": False}, "quant_double"),
+    ({"method": "qat", "gptq_actorder": False}, "gptq_actorder"),
+    ({"gptq_symmetric": False}, "gptq_symmetric"),
 ]
 
 
@@ -260,6 +268,22 @@ def test_gptq_takes_no_key_of_training(spec):
 def test_switching_off_what_is_off_is_no_error():
     off = {"method": "full", "merge_lora": False, "adapter": None, "lora_dropout": 0}
     assert Config.load(BASE | off).method == "full"
+    for method in ("gptq", "rm", "prm"):
+        assert Config.load(BASE | {"method": method, "sample_prompts": 0}).sample_prompts == 0
+
+
+def test_off_is_told_by_the_default():
+    """Every key that may be null, false or 0 without an effect has that as its default."""
+    for spec in KEYS.values():
+        if (
+            spec.metadata["needs"] is None
+            or spec.default
+            or spec.name in ("eval_split", "overwrite")
+        ):
+            continue
+        assert spec.default in (None, False, 0), spec.name
+        for method in ("full", "gptq", "rm"):
+            assert Config.load(BASE | {"method": method, spec.name: spec.default})
 
 
 def test_sizes_must_fit_each_other():

@@ -85,11 +85,40 @@ def test_losses_that_mean_nothing(value: Any, words: str) -> None:
         ({"precision": "fp8"}, "method preference has no float8 products"),
         ({"tune": "full", "lora_r": 8}, "lora_r needs a new adapter"),
         ({"tune": "lora", "quant_backend": "nf4"}, "quant_backend needs"),
+        # 0 is a value of these like any other.
+        ({"preference": "kto", "ld_alpha": 0}, "ld_alpha needs"),
+        ({"method": "rm", "ld_alpha": 0}, "ld_alpha needs"),
+        ({"cpo_alpha": 0}, "cpo_alpha needs method preference with cpo"),
+        ({"simpo_gamma": 0}, "simpo_gamma needs method preference with simpo"),
+        ({"desirable_weight": 0}, "desirable_weight needs method preference with kto"),
+        ({"undesirable_weight": 0.0}, "undesirable_weight needs method preference with kto"),
+        ({"f_alpha": 0}, "f_alpha needs f_divergence alpha_divergence"),
+        ({"method": "rm", "roles_to_train": "assistant"}, "roles_to_train needs .* other than rm"),
+        ({"method": "prm", "roles_to_train": "user"}, "roles_to_train needs .* other than rm"),
     ],
 )
 def test_keys_without_effect_are_refused(keys: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         Config.load(BASE | keys)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"ld_alpha": 0},
+        {"preference": "cpo", "cpo_alpha": 0},
+        {"preference": "simpo", "simpo_gamma": 0},
+        {"preference": "kto", "desirable_weight": 0},
+        {"preference": "orpo", "train_on_prompt": True, "roles_to_train": ["assistant", "tool"]},
+        # Off, as they are by default.
+        {"preference": "kto", "label_smoothing": 0, "simpo_alpha": 0, "shared_prefix": False},
+        {"method": "prm", "reward_centering": 0, "beta": None, "train_on_prompt": False},
+        {"method": "rm", "sample_prompts": 0},
+    ],
+)
+def test_what_has_an_effect_or_is_off_is_taken(keys: Any) -> None:
+    config = Config.load(BASE | keys)
+    assert Config.load(config.to_dict()) == config
 
 
 def test_rates_that_fit() -> None:

@@ -29,7 +29,7 @@ import numpy as np
 if TYPE_CHECKING:
     import mud_puppy as mp
 
-TRAIN, HELD = 1600, 200
+TRAIN, HELD = {"pairs": 1600, "steps": 20_000}, 200
 EACH = 8  # rows at a time
 SHARED = {
     "max_seq_length": 256,
@@ -40,14 +40,19 @@ SHARED = {
     "lora_alpha": 32,
     "mesh": "data=1,fsdp=1",
     "save_steps": None,
-    "max_steps": 200,
-    "eval_steps": 50,
-    "batch_size": 8,
+    "batch_size": 16,
 }
 RUNS = {
-    "dpo": {"method": "preference", "learning_rate": 2e-4, "beta": 0.1, "sample_prompts": 0},
-    "rm": {"method": "rm", "learning_rate": 3e-4},
-    "prm": {"method": "prm", "learning_rate": 3e-4},
+    "dpo": {
+        "method": "preference",
+        "learning_rate": 3e-4,
+        "beta": 0.3,
+        "max_steps": 100,
+        "eval_steps": 50,
+        "sample_prompts": 0,
+    },
+    "rm": {"method": "rm", "learning_rate": 5e-4, "max_steps": 200, "eval_steps": 50},
+    "prm": {"method": "prm", "learning_rate": 3e-4, "max_steps": 2000, "eval_steps": 500},
 }
 
 
@@ -99,7 +104,7 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in (("pairs", pairs), ("steps", steps)):
         held = {row["prompt"]: row for row in make(HELD, seed=1)}
-        rows = [row for row in make(TRAIN, seed=100_000) if row["prompt"] not in held]
+        rows = [row for row in make(TRAIN[name], seed=100_000) if row["prompt"] not in held]
         for part, some in (("train", rows), ("held", held.values())):
             path = folder / f"{name}-{part}.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")

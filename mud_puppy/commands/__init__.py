@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mud_puppy.commands.doctor import Doctor, run_doctor
-from mud_puppy.commands.measure import Eval, Preview, run_eval, run_preview
+from mud_puppy.commands.measure import Eval, run_eval
 from mud_puppy.commands.plan import Plan, run_plan
+from mud_puppy.commands.preview import Preview, run_preview
 from mud_puppy.commands.quantize import Quantize, run_quantize
 from mud_puppy.commands.score import Score, run_score
 from mud_puppy.commands.talk import Chat, Generate, run_chat, run_generate
@@ -36,7 +37,7 @@ class Command:
 
 COMMANDS = {
     "plan": Command(Plan, ("model", "dataset"), run_plan, of_config=True),
-    "preview": Command(Preview, ("dataset",), run_preview),
+    "preview": Command(Preview, ("dataset",), run_preview, of_config=True),
     "merge": Command(Merge, ("model", "adapter"), run_merge),
     "eval": Command(Eval, ("model",), run_eval),
     "score": Command(Score, ("model", "dataset"), run_score),

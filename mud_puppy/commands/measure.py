@@ -1,9 +1,8 @@
-"""preview and eval: look at the data, measure a model on it."""
+"""eval: measure a model on text."""
 
-import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from mud_puppy.commands.words import check_words
 from mud_puppy.config.keys import DTYPES, MODEL, REMOTE_CODE, Config, Precision
@@ -11,44 +10,6 @@ from mud_puppy.config.schema import AT_LEAST_1, AT_LEAST_2, REQUIRED, key
 from mud_puppy.errors import UserError
 
 _flag = partial(key, "flags")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preview:
-    """Show examples as the model will see them, with what is trained on coloured."""
-
-    dataset: str = _flag(REQUIRED, "file or hub data set")
-    model: str = _flag(REQUIRED, "model whose tokenizer and chat template are used")
-    n: int = _flag(3, "rows to show", AT_LEAST_1)
-    max_seq_length: int = _flag(2048, "longest example in tokens", AT_LEAST_2)
-    chat_template: bool = _flag(True, "use the tokenizer's chat template when it has one")
-    train_on_prompt: bool = _flag(False, "train on every token, not on the answers only")
-    roles_to_train: tuple[str, ...] = _flag(("assistant",), "roles that are trained on")
-    on_bad_rows: Literal["stop", "skip"] = _flag("stop", "what to do with a row that is not valid")
-    trust_remote_code: bool = _flag(False, REMOTE_CODE)
-
-
-def run_preview(args: Preview) -> None:
-    """Prints the examples, and what was cut or left out."""
-    import mud_puppy as mp
-    from mud_puppy.data import EncodeOptions, encode, preview_text, read_rows
-
-    found = read_rows(args.dataset, args.on_bad_rows)
-    tokenizer = mp.load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
-    options = EncodeOptions(
-        chat_template=args.chat_template,
-        roles_to_train=args.roles_to_train,
-        train_on_prompt=args.train_on_prompt,
-        max_seq_length=args.max_seq_length,
-        on_bad_rows=args.on_bad_rows,
-    )
-    data = encode(found.rows[: args.n], tokenizer, options)
-    print(preview_text(data.examples, tokenizer, args.n, color=sys.stdout.isatty()))
-    print(f"{len(found)} rows in {args.dataset}", *data.report.lines(), sep="\n")
-    if found.bad.count:
-        print(f"{found.bad.count} bad rows left out", *found.bad.messages, sep="\n")
-    if found.unused_columns:
-        print("columns not used:", ", ".join(found.unused_columns))
 
 
 @dataclass(frozen=True, kw_only=True)

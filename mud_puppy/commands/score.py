@@ -67,7 +67,8 @@ def run_score(args: Score) -> None:
     found = [row.row for row in rows]
     for row, own in zip(found, scores, strict=True):
         if not all(map(math.isfinite, chain(*own))):
-            raise UserError(f"{row.where}: its score is no finite number; try --precision fp32")
+            hint = "" if args.precision == "fp32" else "; try --precision fp32"
+            raise UserError(f"{row.where}: its score is no finite number{hint}")
     told = _told(found, scores)
     _write(path, args, [_written(args.column, r, s) for r, s in zip(found, scores, strict=True)])
     print(*left_out, *told, f"scores: {args.output}", sep="\n")

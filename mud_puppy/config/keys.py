@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from mud_puppy.config.distillation import DistillKeys
 from mud_puppy.config.preference import COUPLED, LEARNS_PROMPTS, OBJECTIVES, PreferenceKeys
 from mud_puppy.config.refused import refuse
 from mud_puppy.config.schema import (
@@ -36,7 +37,7 @@ from mud_puppy.config.schema import (
 from mud_puppy.config.source import Given, convert_all, from_flags, from_source
 from mud_puppy.errors import UserError, nearest
 
-Method = Literal["full", "lora", "qlora", "qat", "gptq", "preference", "rm", "prm"]
+Method = Literal["full", "lora", "qlora", "qat", "gptq", "preference", "rm", "prm", "distill"]
 Precision = Literal["bf16", "fp32", "fp16"]
 Computed = Literal["bf16", "fp32", "fp16", "fp8", "fp8-emulated"]
 Checkpointing = Literal["none", "full", "offload", "attention", "projections"]
@@ -57,7 +58,8 @@ MESH_AXES = ("data", "fsdp")
 LEARNING_RATES = {"preference": (1e-6, 2e-5), "rm": (1e-5, 1e-4), "prm": (1e-5, 1e-4)}
 SFT_RATES = (2e-5, 2e-4)
 SECTIONS = (
-    "run", "data", "training", "preference and reward", "LoRA", "quantization", "devices",
+    "run", "data", "training", "preference and reward", "distillation", "LoRA", "quantization",
+    "devices",
 )  # fmt: skip
 MODEL = "model folder, GGUF file or hub id (org/name, or org/name@revision)"
 REMOTE_CODE = "run the Python of the model's folder for config and tokenizer"
@@ -94,7 +96,11 @@ _MERGE = Need("merge_lora", lambda c: c.merge_lora)
 _EVAL = Need("eval_dataset or eval_split", lambda c: c.eval_dataset or c.eval_split) & _TRAINS
 _NO_EVAL_SET = Need("no eval_dataset (give one of the two)", lambda c: c.eval_dataset is None)
 _NO_TOKENS = Need("no tokens_per_batch (give one of the two)", lambda c: c.tokens_per_batch is None)
-_NO_PROMPT = Need("train_on_prompt to be false", lambda c: not c.train_on_prompt)
+_ROLES = Need(
+    "train_on_prompt to be false, or method preference, and a method other than rm and prm, which "
+    "read answers as a whole",
+    lambda c: c.method == "preference" or (c.method not in ("rm", "prm") and not c.train_on_prompt),
+)
 _NO_WARMUP = Need("warmup_steps 0 (give one of the two)", lambda c: c.warmup_steps == 0) & _TRAINS
 _NO_RESUME = Need("resume to be false (give one of the two)", lambda c: not c.resume)
 _NO_MESH = Need("no mesh (give one of the two)", lambda c: c.mesh is None)
@@ -107,7 +113,10 @@ _ADAMW = (
     & _TRAINS
 )
 _SAMPLES = Need("sample_prompts", lambda c: c.sample_prompts != 0)
-_TEXTS_OUT = Need("a method that gives texts", lambda c: c.method not in ("rm", "prm"))
+_TEXTS_OUT = Need(
+    "a method other than gptq, and a method that gives texts (0 is none)",
+    lambda c: c.sample_prompts == 0 or c.method not in ("gptq", "rm", "prm"),
+)
 
 
 def _group(value: Any) -> int:
@@ -178,7 +187,7 @@ _devices = partial(key, "devices")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PreferenceKeys):
+class Config(PreferenceKeys, DistillKeys):
     """All keys of a run, converted and checked; make one with `Config.load`."""
 
     model: str = _run(REQUIRED, MODEL)
@@ -187,7 +196,7 @@ class Config(PreferenceKeys):
     method: Method = _run(
         "lora",
         "what is trained (gptq: nothing, the weights are quantized), or what it is trained for: "
-        "preference, rm, prm",
+        "preference, rm, prm, distill",
     )
     precision: Computed = _run("bf16", "type that the forward and backward pass compute in")
     seed: int = _run(0, "seed of data order, adapter init, dropout and samples", NOT_NEGATIVE)
@@ -207,7 +216,7 @@ class Config(PreferenceKeys):
         3,
         "prompts answered before and after training: this many of the data's, or these",
         _PROMPTS,
-        needs=_TRAINS & _TEXTS_OUT,
+        needs=_TEXTS_OUT,
         repeat=True,
     )
     sample_max_new_tokens: int = _run(64, "longest sample in tokens", AT_LEAST_1, needs=_SAMPLES)
@@ -226,7 +235,7 @@ class Config(PreferenceKeys):
         False, "train on every token, not on the answers only", needs=LEARNS_PROMPTS
     )
     roles_to_train: tuple[str, ...] = _data(
-        ("assistant",), "roles whose messages are trained on", needs=_NO_PROMPT
+        ("assistant",), "roles whose messages are trained on", needs=_ROLES
     )
     on_long: Literal["truncate", "skip", "stop"] = _data(
         "truncate", "what to do with a longer example"
@@ -417,7 +426,8 @@ def _finish(given: dict[str, Given]) -> Config:
     """Convert what was given, fill in the rest, check the keys against each other."""
     for name, item in given.items():
         refuse(name, item.value, item.label)
-    values = convert_all(KEYS, given, missing_hint=" or `{name}:` in the config file")
+    asked = convert_all(KEYS, given, missing_hint=" or `{name}:` in the config file")
+    values = dict(asked)
     method, adapts = values.get("method", "lora"), Config(**values).adapts
     values.setdefault("learning_rate", LEARNING_RATES.get(method, SFT_RATES)[adapts])
     if method in ("gptq", "rm", "prm"):
@@ -425,7 +435,7 @@ def _finish(given: dict[str, Given]) -> Config:
     if values.get("max_steps") is None and values.get("epochs") is None:
         values["epochs"] = 1.0
     config = Config(**values)
-    _check_effects(config, given)
+    _check_effects(config, given, asked)
     _check_together(config, given)
     return config
 
@@ -435,11 +445,13 @@ def _has_effect(spec: dataclasses.Field, config: Config) -> bool:
     return need is None or bool(need.test(config))
 
 
-def _check_effects(config: Config, given: dict[str, Given]) -> None:
-    """A key set to more than null, false or 0 must have an effect."""
+def _check_effects(config: Config, given: dict[str, Given], asked: Mapping[str, Any]) -> None:
+    """What is given must have an effect; null, false and 0 say "off", and need none, where they are
+    the default."""
     for name, item in given.items():
         spec = KEYS[name]
-        if config.__dict__[name] and not _has_effect(spec, config):
+        off = not asked[name] and not spec.default
+        if not off and not _has_effect(spec, config):
             words = spec.metadata["needs"].words
             raise UserError(
                 f"{item.label}: {shown(item.value)} has no effect: {name} needs {words}."
@@ -469,6 +481,11 @@ def _check_together(config: Config, given: dict[str, Given]) -> None:
             raise UserError(
                 f"{given['quant_group'].label}: float8 products take one scale a row; leave it out."
             )
+    if config.method == "distill" and not (config.teacher or config.teacher_logits):
+        raise UserError(
+            "method distill needs a teacher: give --teacher, the model to learn from, or "
+            "--teacher-logits."
+        )
     losses = set(config.losses) if config.method == "preference" else set()
     if "exo_pair" in losses and not config.label_smoothing:
         raise UserError(

@@ -113,7 +113,8 @@ def _refuse_foreign(output: str) -> None:
 
 def _refuse_own_source(config: Config) -> None:
     output = _real(config.output)
-    for key, source in (("model", config.model), ("adapter", config.adapter)):
+    for key in ("model", "adapter", "teacher", "teacher_logits"):
+        source = config.__dict__[key]
         if source is not None and _real(source).is_relative_to(output):
             raise UserError(
                 f"{key} {source}: lies in the output folder, which --overwrite clears; name "

@@ -27,7 +27,7 @@ PREFERENCES = ("dpo", *DPO, *KTO, *REFERENCE_FREE)
 SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "cpo", "simpo"}
 DIVERGENT = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 COUPLED = {"kto", "aot", "aot_unpaired"}  # a batch in parts would have another loss
-OBJECTIVES = ("preference", "rm", "prm")
+OBJECTIVES = ("preference", "rm", "prm", "distill")
 
 
 def parse_losses(value: Any) -> dict[str, float]:
@@ -95,6 +95,7 @@ LEARNS_PROMPTS = Need(
     "supervised training, or method preference with orpo, cpo or sft",
     lambda c: (
         c.method not in OBJECTIVES
+        or c.method == "distill"
         or (c.method == "preference" and bool({"orpo", "cpo", "sft"} & set(c.losses)))
     ),
 )

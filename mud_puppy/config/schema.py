@@ -42,7 +42,8 @@ INSIDE_1 = Limit("between 0 and 1", lambda v: 0 < v < 1)
 class Need:
     """When a key has an effect: the words for it and the test on the finished config.
 
-    A key that is set (to more than null, false, 0) without effect is an error, never ignored.
+    A key that is given without effect is an error, never ignored; only null, false and 0, where
+    they are the default, say that it is off.
     """
 
     words: str

@@ -14,6 +14,7 @@ from mud_puppy.data.example import (
     PairExample,
     RatedExample,
     StepsExample,
+    TaughtExample,
     split,
 )
 from mud_puppy.data.fields import Turn
@@ -23,6 +24,7 @@ from mud_puppy.data.loader import (
     Loader,
     batch_size_for,
     collate_sft,
+    collate_taught,
     padded_length,
     prefetch,
     row_length,
@@ -52,6 +54,7 @@ from mud_puppy.data.preferences import (
 from mud_puppy.data.preview import preview_text
 from mud_puppy.data.report import BadRows, Report
 from mud_puppy.data.rows import Rows, read_rows
+from mud_puppy.data.sources import batches_apart, rows_apart, source_names
 
 __all__ = [
     "STEP_SEPARATOR",
@@ -72,13 +75,16 @@ __all__ = [
     "Rows",
     "StepsExample",
     "StepsRow",
+    "TaughtExample",
     "Text",
     "Turn",
     "batch_size_for",
+    "batches_apart",
     "collate_pairs",
     "collate_rated",
     "collate_sft",
     "collate_steps",
+    "collate_taught",
     "convert",
     "convert_pair",
     "convert_scored",
@@ -96,5 +102,7 @@ __all__ = [
     "preview_text",
     "read_rows",
     "row_length",
+    "rows_apart",
+    "source_names",
     "split",
 ]

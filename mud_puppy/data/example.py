@@ -2,9 +2,9 @@
 
 An `Example` is one training sequence with a weight for each token; the others are built of it: two
 answers (`PairExample`), an answer with a label (`RatedExample`), an answer in steps
-(`StepsExample`). All have `sequences`, `size`, `trained` and `where`. A `Dataset` is a tuple of
-examples of one kind with a `Report` of everything that was cut, dropped or found bad. Nothing here
-knows a tokenizer or a file.
+(`StepsExample`), a sequence with a teacher's words (`TaughtExample`). All have `sequences`, `size`,
+`trained` and `where`. A `Dataset` is a tuple of examples of one kind with a `Report` of everything
+that was cut, dropped or found bad. Nothing here knows a tokenizer or a file.
 """
 
 import math
@@ -145,7 +145,23 @@ class StepsExample(_Built):
         return (self.example,)
 
 
-AnyExample = Example | PairExample | RatedExample | StepsExample
+@dataclass(frozen=True, eq=False)
+class TaughtExample(_Built):
+    """A sequence, and after each of its tokens the k likeliest tokens that a teacher names and
+    their log-probabilities; -1 is no token. The last token's are not looked at."""
+
+    example: Example
+    ids: Int32[np.ndarray, "n k"]
+    logps: Float32[np.ndarray, "n k"]
+    source: str = ""
+
+    @property
+    def sequences(self) -> tuple[Example]:
+        """The one sequence."""
+        return (self.example,)
+
+
+AnyExample = Example | PairExample | RatedExample | StepsExample | TaughtExample
 Kind = TypeVar("Kind", bound=AnyExample)
 
 

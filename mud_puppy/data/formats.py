@@ -64,8 +64,11 @@ def convert(value: object, where: str) -> tuple[Row, frozenset[str]]:
     for form in FORMATS:
         if row.keys() >= set(form.needs):
             return form.build(row, where), frozenset(row.keys() - {*form.needs, *form.may})
+    pairs, steps = row.keys() >= {"chosen", "rejected"}, row.keys() >= {"prompt", "labels"}
+    hint = "; pairs are for method preference or rm" if pairs else ""
+    hint += "; steps with labels are for method prm" if steps else ""
     raise UserError(
-        f"{where}: no known format has the columns {listed(row)}; known are {described()}"
+        f"{where}: no known format has the columns {listed(row)}; known are {described()}{hint}"
     )
 
 

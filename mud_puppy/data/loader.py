@@ -16,7 +16,7 @@ from typing import Any, Generic
 import numpy as np
 from jaxtyping import Int64
 
-from mud_puppy.data.example import AnyExample, Example, Kind
+from mud_puppy.data.example import AnyExample, Example, Kind, TaughtExample
 from mud_puppy.data.packing import efficiency, pack
 
 LENGTH_MULTIPLE = 64
@@ -51,6 +51,25 @@ def collate_sft(rows: Sequence[Sequence[Example]], length: int, most: int = 0) -
     return batch
 
 
+def collate_taught(
+    rows: Sequence[Sequence[TaughtExample]], length: int, most: int = 0, *, k: int
+) -> Batch:
+    """`collate_sft`, and of each token teacher_ids (int32, -1: none) and teacher_logps (float32)
+    [B, length, k]."""
+    batch = collate_sft([[taught.example for taught in row] for row in rows], length)
+    shape = (len(rows), length, k)
+    batch["teacher_ids"] = np.full(shape, -1, np.int32)
+    batch["teacher_logps"] = np.zeros(shape, np.float32)
+    for b, row in enumerate(rows):
+        at = 0
+        for taught in row:
+            end = at + taught.size
+            batch["teacher_ids"][b, at:end] = taught.ids
+            batch["teacher_logps"][b, at:end] = taught.logps
+            at = end
+    return batch
+
+
 @dataclass(frozen=True, eq=False)
 class Loader(Generic[Kind]):
     """Examples in batches of `accumulation` x `batch_size` rows.
@@ -58,7 +77,8 @@ class Loader(Generic[Kind]):
     max_seq_length bounds the tokens of a sequence (a pair has two, in one row). `pack` puts several
     examples in a row. `collate(rows, length, most)` makes the arrays [A * B, ...] of a step from
     all its rows, their length, and the most examples that any row of the loader holds. `computed`:
-    arrays [rows, ...] of what was computed of every row; a batch has those of its own.
+    arrays [rows, ...] of what was computed of every row; a batch has those of its own. `bins`:
+    which examples each row holds, where the caller knows; else rows are packed here.
     """
 
     examples: Sequence[Kind]
@@ -70,6 +90,7 @@ class Loader(Generic[Kind]):
     shuffle: bool = True
     collate: Callable[[Sequence[Sequence[Any]], int, int], Batch] = collate_sft
     computed: Mapping[str, np.ndarray] = field(default_factory=dict)
+    bins: list[list[int]] | None = None
 
     @cached_property
     def length(self) -> int:
@@ -79,6 +100,8 @@ class Loader(Generic[Kind]):
     @cached_property
     def rows(self) -> list[list[int]]:
         """Which examples each row holds."""
+        if self.bins is not None:
+            return self.bins
         count = len(self.examples)
         if not self.pack:
             return [[i] for i in range(count)]
@@ -98,11 +121,15 @@ class Loader(Generic[Kind]):
 
     def batch_at(self, step: int) -> Batch:
         """The arrays [A, B, T] of step `step`, counted from 0 through all epochs."""
+        return self.batch_of(self.rows_at(step))
+
+    def rows_at(self, step: int) -> list[int]:
+        """Which of `rows` step `step` has."""
         epoch, k = divmod(step, self.steps_per_epoch)
         count = len(self.rows)
         order = _order(self.seed, epoch, count) if self.shuffle else np.arange(count)
         need = self.accumulation * self.batch_size
-        return self.batch_of(order[k * need : (k + 1) * need].tolist())
+        return order[k * need : (k + 1) * need].tolist()
 
     def batch_of(self, chosen: Sequence[int]) -> Batch:
         """The arrays [A, B, ...] of these of `rows`, filled up with empty ones."""

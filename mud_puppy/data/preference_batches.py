@@ -135,17 +135,17 @@ def _laid(
     places = list(_places(rows))
     for b, i, slices in places:
         first = i * len(slices)
-        ends = [_end(batch["tokens"][b], place, pad) for place in slices]
+        ends = [place.start + last_token(batch["tokens"][b, place], pad) for place in slices]
         batch["ends"][b, first : first + len(slices)] = ends
         for place, start in zip(slices, rows[b][i].starts, strict=True):
             batch["positions"][b, place] += start
     return batch, places
 
 
-def _end(tokens: np.ndarray, place: slice, pad: int | None) -> int:
-    """Where the last token of `place` stands that is not `pad`; its first one if all are."""
-    others = np.flatnonzero(tokens[place] != (-1 if pad is None else pad))
-    return place.start + int(others[-1] if len(others) else 0)
+def last_token(tokens: np.ndarray, pad: int | None) -> int:
+    """Where the last token stands that is not `pad`: there a reward is read; 0 if all are."""
+    others = np.flatnonzero(tokens != (-1 if pad is None else pad))
+    return int(others[-1]) if len(others) else 0
 
 
 def _places(rows: Sequence[Sequence]) -> Iterator[Place]:

@@ -75,19 +75,24 @@ class StepsRow:
         return self.prompt.where
 
 
-def convert_pair(value: object, where: str, whole_texts: bool = False) -> tuple[PairRow, Unused]:
+def convert_pair(
+    value: object, where: str, whole_texts: bool = False, margins: bool = True
+) -> tuple[PairRow, Unused]:
     """`chosen` and `rejected` with or without `prompt` (`pairs.paired`), `margin`, `source`,
     `tools`.
 
     whole_texts: two texts without a prompt are taken as they stand (a reward model can read them,
-    a preference loss cannot). Raises UserError for a row of another form, and for equal answers.
+    a preference loss cannot). margins: whether the margin is used. Raises UserError for a row of
+    another form, and for equal answers.
     """
     row = as_columns(value, where)
     _need(row, (("chosen",), ("rejected",)), where)
     chosen, rejected = paired(row, where, whole_texts)
-    # An empty cell of a CSV file is no margin.
-    margin = 0.0 if row.get("margin", "") == "" else as_number(row["margin"], "margin", where)
-    used = {"prompt", "chosen", "rejected", "margin", "source", "tools"}
+    used, margin = {"prompt", "chosen", "rejected", "source", "tools"}, 0.0
+    if margins:
+        used |= {"margin"}
+        # An empty cell of a CSV file is no margin.
+        margin = 0.0 if row.get("margin", "") == "" else as_number(row["margin"], "margin", where)
     return PairRow(chosen, rejected, margin, _source(row, where)), frozenset(row.keys() - used)
 
 
@@ -96,7 +101,7 @@ def convert_unpaired(value: object, where: str) -> tuple[RatedRow | PairRow, Unu
     `chosen` and `rejected` stays a pair, which encoding takes as two answers."""
     row = as_columns(value, where)
     if row.keys() >= {"chosen", "rejected"}:
-        return convert_pair(value, where)
+        return convert_pair(value, where, margins=False)
     _need(row, (("prompt", "messages"), ("completion", "messages"), ("label",)), where)
     answered = _answered(row, where)
     label = float(as_truth(row["label"], "label", where))

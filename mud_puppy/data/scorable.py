@@ -57,7 +57,7 @@ def _sequence(row: Columns) -> Callable[[Columns, str], tuple[Scorable, Unused]]
 
 
 def _pair(row: Columns, where: str) -> tuple[Scorable, Unused]:
-    pair, unused = convert_pair(row, where, whole_texts=True)
+    pair, unused = convert_pair(row, where, whole_texts=True, margins=False)
     texts = pair.chosen, pair.rejected
     return Scorable(row, where, "pairs", texts, source=pair.source), unused
 

@@ -1,6 +1,6 @@
 """Losses: arrays in, (scalar, {name: (sum, count)}) out. No model, no config."""
 
-from mud_puppy.losses.distillation import distill, generalized_jsd
+from mud_puppy.losses.distillation import distill, generalized_jsd, top_k_jsd
 from mud_puppy.losses.kto import kto
 from mud_puppy.losses.preference import dpo, ipo
 from mud_puppy.losses.reference_free import cpo, orpo, simpo
@@ -20,4 +20,5 @@ __all__ = [
     "reward_regression",
     "sft",
     "simpo",
+    "top_k_jsd",
 ]

@@ -7,19 +7,17 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from mud_puppy.config import Config
 from mud_puppy.data import padded_length
 from mud_puppy.errors import UserError
 from mud_puppy.model import abstract
-from mud_puppy.model.load import stored_codes
 from mud_puppy.parallel import mesh_devices, mesh_sizes
 from mud_puppy.plan.compilers import WORKERS, Built, Compile, compiler
 from mud_puppy.plan.places import Place, find_place
 from mud_puppy.plan.search import largest, length_grain
-from mud_puppy.plan.shapes import find_shape, shape_of
+from mud_puppy.plan.shapes import find_shape, shape_of, source_of
 from mud_puppy.plan.suggest import LONG, Changes, Suggestion, suggest, together
 from mud_puppy.run.datasets import rows_of
 from mud_puppy.run.kinds import kind_of
@@ -123,9 +121,11 @@ def plan(
     read = Config.load(config)
     if read.method == "gptq":
         raise UserError("method gptq trains nothing, there is no step to plan")
-    if read.quant_backend == "stored" and read.trains == "qlora":
+    stored = read.quant_backend == "stored" and read.trains == "qlora"
+    if stored or read.teacher_quant == "stored":
         raise UserError(
-            "quant_backend stored: a plan reads no weights; name the format of the codes"
+            f"{'quant_backend' if stored else 'teacher_quant'} stored: a plan reads no weights; "
+            "name the format of the codes"
         )
     place = find_place(target or read.target, devices, memory_gib)
     count = mesh_devices(read.mesh) if place.card and not devices else place.devices
@@ -157,15 +157,8 @@ def _source(config: Config, shape: str | None) -> tuple[Any, str]:
     """(what `model.abstract` takes, its name)"""
     if shape is not None:
         return find_shape(shape), shape
-    known = shape_of(config.model)
-    if known is not None and not Path(config.model).expanduser().exists():
-        return find_shape(known), f"{config.model} (shape {known})"
-    if layout := stored_codes(config.model, config.trust_remote_code):
-        raise UserError(
-            f"{config.model}: the weights are in codes ({layout}), which a plan does not know: "
-            "plan the model they were made from with method qlora"
-        )
-    return config.model, config.model
+    source, known = source_of(config.model, config.trust_remote_code), shape_of(config.model)
+    return source, config.model if source == config.model else f"{config.model} (shape {known})"
 
 
 def _searched(found: Plan, build: Compile) -> Plan:

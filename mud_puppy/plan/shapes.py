@@ -5,9 +5,11 @@ repository named here is planned from this table; any other model from its own c
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mud_puppy.errors import UserError, nearest
+from mud_puppy.model.load import stored_codes
 
 
 @dataclass(frozen=True)
@@ -165,3 +167,17 @@ def find_shape(name: str) -> dict[str, Any]:
 def shape_of(repository: str) -> str | None:
     """The name of a hub repository's shape, if it stands in the table."""
     return _BY_HUB.get(repository)
+
+
+def source_of(model: str, trust_remote_code: bool) -> Any:
+    """What `model.abstract` takes of a folder, GGUF file or hub id: its shape, where the table has
+    it. UserError for a checkpoint in codes."""
+    known = shape_of(model)
+    if known is not None and not Path(model).expanduser().exists():
+        return find_shape(known)
+    if layout := stored_codes(model, trust_remote_code):
+        raise UserError(
+            f"{model}: the weights are in codes ({layout}), which a plan does not know: plan with "
+            "the model they were made from, in codes of the run's (method qlora, teacher_quant)"
+        )
+    return model

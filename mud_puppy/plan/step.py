@@ -19,9 +19,11 @@ from mud_puppy.config import DTYPES, Config
 from mud_puppy.model import Model, abstract, axes, resize_embeddings
 from mud_puppy.parallel import batch_devices, batch_sharding, replicated, shardings
 from mud_puppy.plan.cost import flops
+from mud_puppy.plan.shapes import source_of
 from mud_puppy.run.kinds import kind_of
 from mud_puppy.run.prepare import computed, program, scheme, transformed
 from mud_puppy.run.reference import kept_of
+from mud_puppy.run.teacher import teacher_shapes
 from mud_puppy.run.vocabulary import with_scores
 from mud_puppy.weights import partition, quantize
 
@@ -71,9 +73,7 @@ def build(config: Config, source: Any, mesh: Mesh, rows: int, length: int) -> St
     model, params = shapes_of(config, source)
     params = _placed(params, shardings(mesh, axes(model.arch), params))
     made = program(config, model, params, mesh, total_steps=1000)
-    kept = jax.eval_shape(partial(kept_of, config), params)
-    if kept is not None:
-        kept = _placed(kept, shardings(mesh, axes(model.arch), kept))
+    kept = _kept(config, model, params, mesh)
     train, frozen = partition(params)
     state = _placed(jax.eval_shape(made.init, train), made.places)
     batch = _batch(config, mesh, rows, length)
@@ -111,6 +111,16 @@ def shapes_of(config: Config, source: Any) -> tuple[Model, Tree]:
     return computed(config, model), jax.eval_shape(change, shapes)
 
 
+def _kept(config: Config, model: Model, params: Tree, mesh: Mesh) -> Tree:
+    """Shapes of what the loss compares with: the reference's own, or the teacher."""
+    if config.asks_teacher:
+        teacher = teacher_shapes(config, source_of(str(config.teacher), config.trust_remote_code))
+        places = shardings(mesh, axes(teacher.model.arch), teacher.params)
+        return replace(teacher, params=_placed(teacher.params, places))
+    kept = jax.eval_shape(partial(kept_of, config), params)
+    return None if kept is None else _placed(kept, shardings(mesh, axes(model.arch), kept))
+
+
 def _placed(shapes: Tree, places: Tree) -> Tree:
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
@@ -131,11 +141,11 @@ def _residuals(loss: Any, train: Tree, frozen: Tree, kept: Tree, batch: Tree) ->
     """Bytes that the forward pass of one accumulation keeps for the backward pass, by where."""
     micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
 
-    def residuals(train: Tree, frozen: Tree, micro: Tree, key: Any) -> Any:
+    def residuals(train: Tree, frozen: Tree, kept: Tree, micro: Tree, key: Any) -> Any:
         return jax.vjp(lambda t: loss(t, frozen, kept, micro, key, jnp.float32(1))[0], train)[1]
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    jaxpr = jax.make_jaxpr(residuals)(train, frozen, micro, key).jaxpr
+    jaxpr = jax.make_jaxpr(residuals)(train, frozen, kept, micro, key).jaxpr
     found = dict.fromkeys(jax.memory.Space, 0)
     given, seen = {*map(id, jaxpr.invars)}, set()
     for v in jaxpr.outvars:

@@ -89,6 +89,11 @@ def _embeddings(config: Config, devices: int) -> Changes | None:
     return {"quant_embeddings": True} if quantized else None
 
 
+def _teacher_codes(config: Config, devices: int) -> Changes | None:
+    plain = config.asks_teacher and config.teacher_quant is None
+    return {"teacher_quant": "nf4"} if plain else None
+
+
 def _adapters(config: Config, devices: int) -> Changes | None:
     return _training(config, "lora") if config.trains == "full" else None
 
@@ -120,6 +125,7 @@ OTHERS = (
     Lever("optimizer states in 8 bits", _smaller_states, fixed=True),
     Lever("the base model in 4 bits", _codes, fixed=True),
     Lever("embedding and head in int8", _embeddings, fixed=True),
+    Lever("the teacher in 4 bits", _teacher_codes, fixed=True),
     Lever("adapters on attention alone", _attention_alone, fixed=True),
     Lever("adapters instead of all weights", _adapters, fixed=True),
     Lever("adapters on a base in 4 bits", _quantized_adapters, fixed=True),
@@ -127,7 +133,7 @@ OTHERS = (
 )
 
 # The least that any step of the model needs.
-LEAST = (*EXACT, OTHERS[0], OTHERS[5], *OTHERS[1:4])
+LEAST = (*EXACT, OTHERS[0], OTHERS[6], *OTHERS[1:5])
 
 # measure(changes, devices) -> the bytes that the changed config's step needs, or UserError.
 Measure = Callable[[Changes, int], int]
@@ -164,7 +170,7 @@ def _candidates(
     exact = together(config, devices, EXACT)
     if exact and not too_much:
         yield exact, devices, "all that changes no number of the result"
-    everything = together(config, devices, (*EXACT, *OTHERS[:3]))
+    everything = together(config, devices, (*EXACT, *OTHERS[:4]))
     if everything and everything != exact:
         yield everything, devices, "all of that with smaller states, codes and embeddings"
     least = together(config, devices, LEAST)

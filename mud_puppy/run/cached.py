@@ -5,6 +5,7 @@ rows and of what the reference is, so that a resumed run reads its own and no ot
 """
 
 import hashlib
+import logging
 import os
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from mud_puppy.run.prepare import Prepared, put_batch
 from mud_puppy.run.scores import score_tokens
 
 FOLDER = "reference"
+log = logging.getLogger("mud_puppy")
 _MODEL = ("model", "adapter", "precision", "tune")
 
 
@@ -43,16 +45,35 @@ def with_reference(config: Config, output: Path, run: Prepared, data: RunData) -
 
 def _with_logps(config: Config, folder: Path, run: Prepared, loader: Loader) -> Loader:
     path = folder / f"{_digest(config, loader)}.npy"
-    if not path.exists():
-        logps = _logps(run, loader)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with path.with_suffix(".tmp").open("wb") as file:
-                np.save(file, logps)
-            os.replace(file.name, path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-    return replace(loader, computed={"reference_logps": np.load(path, mmap_mode="r")})
+    found = _read(path, (len(loader.rows), loader.length))
+    if found is None:
+        found = _logps(run, loader)
+        _write(path, found)
+    return replace(loader, computed={"reference_logps": found})
+
+
+def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """What an earlier start of the run has kept; None if nothing of use."""
+    try:
+        found = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError):
+        found = None
+    if found is None or (found.shape, found.dtype) != (shape, np.float32):
+        log.warning("%s: is damaged, and is computed again", path)
+        return None
+    return found
+
+
+def _write(path: Path, logps: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".tmp").open("wb") as file:
+            np.save(file, logps)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _logps(run: Prepared, loader: Loader) -> np.ndarray:

@@ -14,6 +14,8 @@ from mud_puppy.data import (
     batch_size_for,
     read_rows,
     row_length,
+    rows_apart,
+    source_names,
     split,
 )
 from mud_puppy.errors import UserError
@@ -57,6 +59,19 @@ def eval_data(config: Config, model: Model, tokenizer: Any) -> Loader:
     return _loader(rows, config, model.arch, tokenizer, 1, "eval")
 
 
+def encode_options(config: Config) -> EncodeOptions:
+    """How the run's rows become examples."""
+    return EncodeOptions(
+        chat_template=config.chat_template,
+        roles_to_train=config.roles_to_train,
+        train_on_prompt=config.train_on_prompt,
+        max_seq_length=config.max_seq_length,
+        on_long=config.on_long,
+        on_bad_rows=config.on_bad_rows,
+        preprocess_workers=config.preprocess_workers,
+    )
+
+
 def _read(source: str, config: Config) -> tuple[Any, ...]:
     found = read_rows(source, config.on_bad_rows, convert=kind_of(config).convert)
     for message in found.bad.messages:
@@ -71,17 +86,8 @@ def _read(source: str, config: Config) -> tuple[Any, ...]:
 def _loader(
     rows: list[Any], config: Config, arch: Arch, tokenizer: Any, batch_devices: int, what: str
 ) -> Loader:
-    options = EncodeOptions(
-        chat_template=config.chat_template,
-        roles_to_train=config.roles_to_train,
-        train_on_prompt=config.train_on_prompt,
-        max_seq_length=config.max_seq_length,
-        on_long=config.on_long,
-        on_bad_rows=config.on_bad_rows,
-        preprocess_workers=config.preprocess_workers,
-    )
     kind = kind_of(config, json.loads(arch.config).get("pad_token_id"))
-    data = kind.encode(rows, tokenizer, options)
+    data = kind.encode(rows, tokenizer, encode_options(config))
     check_fit(data.examples, config.max_seq_length, arch, tokenizer)
     for line in data.report.lines():
         log.warning("%s: %s", what, line)
@@ -92,6 +98,9 @@ def _loader(
     if config.tokens_per_batch is not None:
         log.info("tokens_per_batch: %d rows of %d a batch", batch_size, length)
     train = what != "eval"
+    bins = (
+        None if train else rows_apart(data.examples, config.max_seq_length, config.pack_sequences)
+    )
     loader = Loader(
         data.examples,
         batch_size,
@@ -101,6 +110,7 @@ def _loader(
         seed=config.seed,
         shuffle=train,
         collate=kind.collate_of(data.examples),
+        bins=bins,
     )
     told = loader.describe()
     log.info(
@@ -113,6 +123,9 @@ def _loader(
         told["row_length"],
         100 * told["packing_efficiency"],
     )
+    if bins is not None:
+        names = dict.fromkeys(source_names(data.examples))
+        log.info("%s: figures of each source, too: %s", what, ", ".join(names))
     return loader
 
 

@@ -19,6 +19,7 @@ from mud_puppy.data import (
     collate_rated,
     collate_sft,
     collate_steps,
+    collate_taught,
     convert,
     convert_pair,
     convert_scored,
@@ -30,6 +31,7 @@ from mud_puppy.data import (
     encode_steps,
     kl_row_length,
 )
+from mud_puppy.run.teacher import top_k_of
 
 Collate = Callable[[Sequence[Sequence[Any]], int, int], dict[str, Any]]
 
@@ -39,7 +41,8 @@ class Kind:
     """convert: of `data.read_rows`; encode(rows, tokenizer, options) -> Dataset; collate: of
     `data.Loader`. kl: whether batches hold each prompt with another's answer too. sequences: of
     max_seq_length tokens, that an example may have. cached: whether the reference's
-    log-probabilities come with them (`run.cached`)."""
+    log-probabilities come with them (`run.cached`). top_k: how many of a teacher's tokens do
+    (`run.taught`)."""
 
     convert: Callable[[Any, str], tuple[Any, frozenset[str]]]
     encode: Callable[..., Dataset]
@@ -47,6 +50,7 @@ class Kind:
     kl: bool = False
     sequences: int = 1
     cached: bool = False
+    top_k: int = 0
 
     def collate_of(self, examples: Sequence[Any]) -> Collate:
         """`collate`, for batches of these examples."""
@@ -60,6 +64,8 @@ class Kind:
         # A prompt may meet an answer that is as long as its own sequence.
         kl = {"kl_length": 2 * length} if self.kl else {}
         row = self.collate([[]], length, 1, **kl)
+        if self.top_k:
+            return collate_taught([[]], length, k=self.top_k)
         return row | ({"reference_logps": np.zeros_like(row["weights"])} if self.cached else {})
 
 
@@ -71,7 +77,8 @@ def kind_of(config: Config, pad_token_id: int | None = None) -> Kind:
             rated = Kind(convert_unpaired, encode_rated, collate_rated)
             return replace(rated, kl=name == "kto", cached=cached)
         pairs = _pairs(config, ld_alpha=config.ld_alpha, train_on_prompt=config.train_on_prompt)
-        return Kind(convert_pair, *pairs, sequences=2, cached=cached)
+        converter = partial(convert_pair, margins=False)
+        return Kind(converter, *pairs, sequences=2, cached=cached)
     if config.method == "rm" and config.reward == "labels":
         return Kind(convert_scored, encode_rated, partial(collate_rated, pad_token_id=pad_token_id))
     if config.method == "rm":
@@ -79,7 +86,7 @@ def kind_of(config: Config, pad_token_id: int | None = None) -> Kind:
         return Kind(converter, *_pairs(config, pad_token_id=pad_token_id), sequences=2)
     if config.method == "prm":
         return Kind(convert_steps, encode_steps, collate_steps)
-    return Kind(convert, encode, collate_sft)
+    return Kind(convert, encode, collate_sft, top_k=top_k_of(config))
 
 
 def _pairs(config: Config, **options: Any) -> tuple[Callable, Callable]:

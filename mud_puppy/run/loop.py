@@ -10,7 +10,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -78,13 +78,17 @@ def fit(
     checkpoints: Checkpoints,
     listen: Listener,
     course: Course,
+    sample: Callable[[State, int, Batch], Batch] | None = None,
 ) -> Ended:
-    """Runs from the state's step to the plan's end. `batches` yields (step number, batch)."""
+    """Runs from the state's step to the plan's end. `batches` yields (step number, batch).
+    sample(state, step number, batch): the batch as the policy of that step makes it
+    (`run.rollout`)."""
     if plan.spent(course):  # a run that had ended so, and is resumed
         return Ended("early stopping", state, course)
     window = Window()
     with _signals() as stop:
         for number, batch in batches:
+            batch = batch if sample is None else sample(state, number, batch)
             state, metrics = step(state, batch)
             done = number + 1
             last = done == plan.total_steps
@@ -167,6 +171,19 @@ def means(metrics: list[Tree]) -> dict[str, float]:
         / max(float(sum(m[name][1] for m in fetched)), 1e-9)
         for name in fetched[0]
     }
+
+
+def by_source(metrics: list[Tree], sources: Sequence[str]) -> dict[str, float]:
+    """{name/source: sum / count} of the batches of each source but ""; sources: of each batch. What
+    a source has none of (the reward of bad answers where all are good) is left out."""
+    fetched = jax.device_get(metrics)
+    found = {}
+    for source in filter(None, dict.fromkeys(sources)):
+        own = [m for m, other in zip(fetched, sources, strict=True) if other == source]
+        counted = {name for m in own for name, (_, count) in m.items() if count > 0}
+        values = means(own)
+        found |= {f"{name}/{source}": x for name, x in values.items() if name in counted}
+    return found
 
 
 def memory_gib() -> float:

@@ -14,11 +14,13 @@ from mud_puppy import losses
 from mud_puppy.config import Config
 from mud_puppy.config.preference import KTO, REFERENCE_FREE
 from mud_puppy.run.scores import (
+    score_distilled,
     score_pairs,
     score_rated,
     score_rewards,
     score_steps,
     score_tokens,
+    score_top_k,
 )
 
 
@@ -29,8 +31,8 @@ class Method:
     loss(scores, batch, weight_sum) -> (scalar, {name: (sum, count)}).
 
     unit: the array of the batch whose sum over the whole step is `weight_sum`: what the loss is a
-    mean of. reference: whether the loss compares with the policy as it was, and asks it in each
-    step."""
+    mean of. reference: whether the loss compares with the policy as it was, or with a teacher, and
+    asks it in each step."""
 
     score: Callable[..., dict[str, Any]]
     loss: Callable[..., tuple[Array, dict[str, tuple[Array, Array]]]]
@@ -53,7 +55,20 @@ def method_of(config: Config) -> Method:
         return Method(score_rewards, loss, "pair_weights")
     if config.method == "prm":
         return Method(score_steps, losses.process_reward)
+    if config.method == "distill":
+        return _distillation(config)
     return SFT
+
+
+def _distillation(config: Config) -> Method:
+    score = partial(
+        score_distilled if config.asks_teacher else score_top_k,
+        beta=config.distill_beta,
+        temperature=config.distill_temperature,
+        supervised=config.distill_sft > 0,
+    )
+    loss = partial(losses.distill, sft=config.distill_sft)
+    return Method(score, loss, reference=config.asks_teacher)
 
 
 def _preference(config: Config) -> Method:

@@ -6,7 +6,7 @@ traces nor moves anything.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,12 +22,13 @@ from mud_puppy.model import Model, axes, load, scan_layers
 from mud_puppy.model.load import stored_codes
 from mud_puppy.parallel import batch_sharding, like, replicated, shardings
 from mud_puppy.parallel.host import check_offload
-from mud_puppy.run.loop import means
+from mud_puppy.run.loop import by_source, means
 from mud_puppy.run.methods import Method, method_of
 from mud_puppy.run.optimizer import make_optimizer
 from mud_puppy.run.reference import kept_of, reference
 from mud_puppy.run.schedule import schedule
 from mud_puppy.run.step import State, init_state, make_eval, make_loss, make_step
+from mud_puppy.run.teacher import load_teacher
 from mud_puppy.run.vocabulary import SCORES, run_tokenizer, with_room, with_scores
 from mud_puppy.weights import (
     Lora,
@@ -57,7 +58,8 @@ Tree = Any
 @dataclass(frozen=True)
 class Prepared:
     """A run ready to go: `step(state, batch)` and `evaluate(state, batches)` are compiled at their
-    first call; `frozen` holds what does not train. `measure(params, batches)` is `evaluate` of any
+    first call; `frozen` holds what does not train. `evaluate` takes the batches' sources too, and
+    gives the figures of each (`loop.by_source`). `measure(params, batches)` is `evaluate` of any
     params of this model. `lower(batch)` lowers the step ahead of time.
     """
 
@@ -65,7 +67,7 @@ class Prepared:
     state: State
     frozen: Tree
     step: Callable[[State, dict[str, np.ndarray]], tuple[State, Tree]]
-    evaluate: Callable[[State, Any], dict[str, float]]
+    evaluate: Callable[..., dict[str, float]]
     measure: Callable[[Tree, Any], dict[str, float]]
     lower: Callable[[dict[str, np.ndarray]], jax.stages.Lowered]
 
@@ -290,7 +292,7 @@ def prepare(
     """Optimizer state on the mesh and the jitted step; nothing is compiled yet."""
     method = method_of(config) if method is None else method
     compiled = program(config, model, params, mesh, total_steps, method)
-    kept = kept_of(config, params)
+    kept = load_teacher(config, mesh) if config.asks_teacher else kept_of(config, params)
     train, frozen = partition(params)
     # Given away, because a second copy of what trains may not fit.
     state = compiled.init(train)
@@ -298,17 +300,26 @@ def prepare(
     def one_step(state: State, batch: dict[str, np.ndarray]) -> tuple[State, Tree]:
         return compiled.step(state, frozen, kept, put_batch(batch, mesh))
 
-    def whole_set(state: State, batches: Any) -> dict[str, float]:
-        return on_batches(state.train, frozen, kept, batches)
+    def whole_set(
+        state: State, batches: Any, sources: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        return on_batches(state.train, frozen, kept, batches, sources)
 
     def measure(params: Tree, batches: Any) -> dict[str, float]:
         # Of other params the reference is still that of the run.
         before = reference(kept, state.train, frozen) if method.reference else None
         return on_batches(params, jax.tree.map(lambda x: None, params), before, batches)
 
-    def on_batches(train: Tree, frozen: Tree, kept: Tree, batches: Any) -> dict[str, float]:
+    def on_batches(
+        train: Tree,
+        frozen: Tree,
+        kept: Tree,
+        batches: Any,
+        sources: Sequence[str] | None = None,
+    ) -> dict[str, float]:
         sums = [compiled.evaluate(train, frozen, kept, put_batch(b, mesh)) for b in batches]
-        return {f"eval_{name}": value for name, value in means(sums).items()}
+        found = means(sums) | by_source(sums, sources or [""] * len(sums))
+        return {f"eval_{name}": value for name, value in found.items()}
 
     def lower(batch: dict[str, np.ndarray]) -> jax.stages.Lowered:
         return compiled.step.lower(state, frozen, kept, put_batch(batch, mesh))

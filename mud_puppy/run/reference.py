@@ -1,4 +1,4 @@
-"""The reference policy: the model as it was at step 0, which preference losses compare with."""
+"""What a loss compares with: the policy as it was at step 0, or another model, a teacher."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from mud_puppy.config import DTYPES, Config
 from mud_puppy.run.methods import method_of
+from mud_puppy.run.teacher import Teacher
 from mud_puppy.weights import combine, is_weight, partition, quantize, strip_lora
 
 Tree = Any
@@ -32,7 +33,9 @@ def kept_of(config: Config, params: Tree) -> Tree | None:
 
 def reference(kept: Tree | None, train: Tree, frozen: Tree) -> Tree:
     """The reference's params, from what was kept (`kept_of`) and the parts that train and do
-    not."""
+    not. A teacher, which has a model of its own, is itself what was kept."""
+    if isinstance(kept, Teacher):
+        return kept
     if kept is None:
         return strip_lora(combine(train, frozen))
     return combine(kept, frozen) if jax.tree.leaves(frozen) else kept

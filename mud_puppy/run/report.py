@@ -52,6 +52,7 @@ def write_report(
         f"<h1>{escape(title)}</h1>{_subtitle(run)}",
         _figures(final_figures(metrics) | dict(run.get("figures", {}))),
         f'<div class="charts">{"".join(_charts(metrics))}</div>',
+        _sources(metrics),
         _samples(samples),
         _table("Config", run.get("config", {}), is_open=True),
         _table("Versions", run.get("versions", {})),
@@ -94,6 +95,7 @@ def final_figures(metrics: Sequence[Row]) -> dict[str, str]:
 
 def _charts(metrics: Sequence[Row]) -> list[str]:
     known = {name for chart in CHARTS for name in chart.names} | {"step", "tokens"}
+    known |= {f"{name}/{source}" for source, name in _of_sources(metrics)}
     others = dict.fromkeys(name for row in metrics for name in row if name not in known)
     own = [Chart(name.replace("_", " ").capitalize(), {name: name}, False, True) for name in others]
     return [_chart(chart, metrics) for chart in [*CHARTS, *own]]
@@ -105,6 +107,29 @@ def _chart(chart: Chart, metrics: Sequence[Row]) -> str:
         for (name, legend), color in zip(chart.names.items(), COLORS, strict=False)
     ]
     return line_chart(chart.title, lines, chart.from_zero)
+
+
+def _of_sources(metrics: Sequence[Row]) -> dict[tuple[str, str], float]:
+    """The last value of each figure of a source (`loop.by_source`), by (source, figure of all)."""
+    last = {name: value for row in metrics for name, value in row.items() if value is not None}
+    split = {name: name.rpartition("/") for name in last if name.startswith("eval_")}
+    return {(s, whole): last[name] for name, (whole, _, s) in split.items() if whole in last}
+
+
+def _sources(metrics: Sequence[Row]) -> str:
+    """A line for each source, a column for each figure: charts of all of them would be too many."""
+    found = _of_sources(metrics)
+    if not found:
+        return ""
+    names = list(dict.fromkeys(name for _, name in found))
+    head = "".join(f"<th>{escape(name.removeprefix('eval_'))}</th>" for name in names)
+    rows = [f"<tr><th></th>{head}</tr>"]
+    for source in dict.fromkeys(source for source, _ in found):
+        values = [found.get((source, name)) for name in names]
+        cells = "".join(f"<td>{'' if x is None else short(x)}</td>" for x in values)
+        rows.append(f"<tr><th>{escape(source)}</th>{cells}</tr>")
+    title = "<summary>Last evaluation, by source</summary>"
+    return f'<details open>{title}<table class="sources">{"".join(rows)}</table></details>'
 
 
 def _subtitle(run: Mapping[str, Any]) -> str:

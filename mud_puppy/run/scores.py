@@ -2,10 +2,12 @@
 
 Each score(model, params, reference, batch, run_layers) is one of `Method`. Log-probabilities are
 float32, those of answers sums over their tokens. No gradient reaches `reference`, params of the
-same model, or None for a loss that has none. "aux" holds the auxiliary sums of `Model.forward`.
+same model, or a `Teacher`, or None for a loss that has none. "aux" holds the auxiliary sums of
+`Model.forward`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mud_puppy.kernels import token_logps
-from mud_puppy.model import Inputs, Model, head, score_head
+from mud_puppy.kernels.cross_entropy.logits import over_tokens
+from mud_puppy.losses import generalized_jsd, top_k_jsd
+from mud_puppy.model import Inputs, Model, head, scan_layers, score_head
+from mud_puppy.run.teacher import Teacher
 
 Tree = Any
 Batch = dict[str, Array]
@@ -87,6 +92,79 @@ def score_steps(
     """Of every token "logits" [B, T, labels]."""
     hidden, aux = _hidden(model, params, batch, run_layers)
     return {"logits": score_head(hidden, params), "aux": aux}
+
+
+def score_distilled(
+    model: Model,
+    params: Tree,
+    reference: Teacher,
+    batch: Batch,
+    run_layers: Callable,
+    *,
+    beta: float,
+    temperature: float,
+    supervised: bool = False,
+) -> Scores:
+    """Of every token "divergence" [B, T], `generalized_jsd` from the teacher's distribution over
+    the words that both models have; supervised: "logps" of the targets too."""
+    hidden, aux = _hidden(model, params, batch, run_layers)
+    theirs, _ = _hidden(reference.model, reference.params, batch, run_layers)
+    divergence = over_tokens(
+        partial(generalized_jsd, beta=beta, temperature=temperature),
+        (hidden, theirs),
+        (head(params), head(reference.params)),
+        (model.arch.logit_softcap, reference.model.arch.logit_softcap),
+    )
+    scores = {"divergence": divergence, "aux": aux}
+    return scores | (_supervised(model, params, hidden, batch) if supervised else {})
+
+
+def score_top_k(
+    model: Model,
+    params: Tree,
+    reference: Tree,
+    batch: Batch,
+    run_layers: Callable,
+    *,
+    beta: float,
+    temperature: float,
+    supervised: bool = False,
+) -> Scores:
+    """`score_distilled` by `top_k_jsd`, from the batch's teacher_ids and teacher_logps
+    [B, T, k]."""
+    hidden, aux = _hidden(model, params, batch, run_layers)
+    divergence = over_tokens(
+        partial(top_k_jsd, beta=beta, temperature=temperature),
+        (hidden,),
+        (head(params),),
+        (model.arch.logit_softcap,),
+        (batch["teacher_ids"], batch["teacher_logps"]),
+    )
+    scores = {"divergence": divergence, "aux": aux}
+    return scores | (_supervised(model, params, hidden, batch) if supervised else {})
+
+
+def likeliest(
+    teacher: Teacher, batch: Batch, k: int, words: int, temperature: float
+) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"]]:
+    """The k likeliest of the first `words` tokens after each of the batch's, and their
+    log-probabilities among these, of logits divided by the temperature."""
+
+    def block(logits: Any) -> Any:
+        logps = jax.nn.log_softmax(logits[..., :words] / temperature)
+        found, ids = jax.lax.top_k(logps, min(k, logps.shape[-1]))
+        return ids.astype(jnp.int32), found
+
+    hidden, _ = _hidden(teacher.model, teacher.params, batch, scan_layers)
+    softcap = teacher.model.arch.logit_softcap
+    return over_tokens(block, (hidden,), (head(teacher.params),), (softcap,))
+
+
+def _supervised(
+    model: Model, params: Tree, hidden: Float[Array, "B T D"], batch: Batch
+) -> dict[str, Float[Array, "B T"]]:
+    softcap = model.arch.logit_softcap
+    return {"logps": token_logps(hidden, head(params), batch["targets"], softcap=softcap)[0]}
 
 
 def _hidden(

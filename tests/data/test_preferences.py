@@ -68,6 +68,9 @@ def test_margin_and_source():
     row = PAIRS["texts"] | {"margin": "0.5", "source": "math", "score": 1}
     pair, unused = convert_pair(row, "a:1")
     assert (pair.margin, pair.source, unused) == (0.5, "math", {"score"})
+    pair, unused = convert_pair(row | {"margin": "big"}, "a:1", margins=False)
+    assert (pair.margin, unused) == (0.0, {"margin", "score"})
+    assert convert_unpaired(row, "a:1")[1] == {"margin", "score"}
     assert convert_pair(PAIRS["texts"] | {"margin": ""}, "a:1")[0].margin == 0.0
     assert convert_pair(PAIRS["texts"] | {"margin": None}, "a:1")[0].margin == 0.0
 

@@ -14,6 +14,7 @@ from mud_puppy.plan.step import build, shapes_of
 from mud_puppy.run.kinds import kind_of
 from mud_puppy.run.prepare import load_params, prepare
 from mud_puppy.run.reference import kept_of
+from mud_puppy.run.teacher import load_teacher
 from tests.tiny import SIZES, tiny_model
 
 ROWS, LENGTH = 2, 64
@@ -34,6 +35,7 @@ METHODS = {
     "dpo full, codes": {"method": "preference", "tune": "full", "reference": "int8"},
     "dpo full, cached": {"method": "preference", "tune": "full", "reference": "cached"},
     "kto": {"method": "preference", "preference": "kto"},
+    "distill, file": {"method": "distill", "teacher_logits": "no file yet"},
     "simpo full": {"method": "preference", "preference": "simpo", "tune": "full"},
 }  # fmt: skip
 
@@ -98,6 +100,23 @@ def test_the_plan_is_of_the_run(saved, keys):
     assert (kept is not None) == (keys.get("tune") == "full" and asked)
     assert (held.adapter == trained) == config.adapts and held.gradients == trained
     assert plan.argument_size_in_bytes == pytest.approx(whole + held.batch, rel=0.02)
+
+
+def test_a_teacher_is_counted(saved):
+    """As the run holds it: its memory is that of the weights, and it saves no activations."""
+    keys = {"method": "distill", "teacher": str(saved), "teacher_quant": "int8", "tune": "full"}
+    config, mesh = config_of(saved, keys), make_mesh("data=1,fsdp=1")
+    with jax.set_mesh(mesh):
+        model, params = load_params(config, mesh)
+        run = prepare(config, model, params, mesh, 1000)
+        stats = run.lower(batch(config)).compile().memory_analysis()
+    step, plan = planned(config, str(saved))
+    assert sizes(plan) == sizes(stats)
+    alone, _ = planned(config_of(saved, {"method": "full"}), str(saved))
+    teacher = sum(x.nbytes for x in jax.tree.leaves(load_teacher(config, mesh).params))
+    assert step.held.weights == alone.held.weights + teacher
+    # Beside what the student alone keeps, the teacher's hidden states.
+    assert step.held.activations <= alone.held.activations + ROWS * LENGTH * 32 * 4
 
 
 def test_what_the_forward_pass_keeps(saved):

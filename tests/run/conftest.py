@@ -1,10 +1,14 @@
-"""A tiny llama with random params, and random packed batches for it."""
+"""A tiny llama with random params, and random packed batches for it; TRL's warning that GKD is
+experimental, off."""
+
+import os
 
 import numpy as np
 import pytest
 
 from tests.tiny import SIZES, tiny_model
 
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 V, T = SIZES["vocab_size"], 32
 
 

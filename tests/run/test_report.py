@@ -94,6 +94,22 @@ def test_shows_curves_figures_samples_config_and_versions(tmp_path):
     assert page.tags.count("svg") == 6
 
 
+def test_sources_stand_in_a_table_and_have_no_charts(tmp_path):
+    figures = {"eval_loss": 2.0, "eval_rewards/chosen": 0.5}
+    by_source = {"eval_loss/s0": 1.25, "eval_loss/<b>": 3.5, "eval_rewards/chosen/s0": 0.75}
+    metrics = [
+        {"step": 1, "eval_loss": 9.0, "eval_loss/s0": 9.0},
+        {"step": 2} | figures | by_source,
+    ]
+    page, text = render(tmp_path, {}, metrics)
+    assert "Last evaluation, by source" in page.text
+    assert re.findall("<td>(.*?)</td>", text) == ["1.25", "0.75", "3.5", ""]
+    assert "&lt;b&gt;" in text and "s0" in page.text
+    assert page.tags.count("svg") == 2
+    page, _ = render(tmp_path, {}, [{"step": 1} | figures])
+    assert "by source" not in page.text and page.tags.count("svg") == 2
+
+
 def test_loads_nothing_and_runs_nothing(tmp_path):
     page, text = render(tmp_path, {"title": "t"}, rows(20))
     assert "http" not in text.replace("http-equiv", "")

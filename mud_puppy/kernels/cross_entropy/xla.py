@@ -7,7 +7,7 @@ while the logits are there: two products, not three. Blocks are cut from T, neve
 be sharded. After Cut Your Losses (arXiv:2411.09009) and Liger-Kernel (arXiv:2410.10989).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -233,7 +233,6 @@ def _whole(x: Any, T: int) -> Any:
 def through_matmul(x: Any, product: Callable, y: Any, shape: Shape) -> Stats:
     """`Stats` from product(x [B, C, D]) -> logits [B, C, V], made again by the backward pass."""
 
-    @jax.checkpoint
     def block(x: Any, y: Any) -> Stats:
         logits = shape.logits(product(x).astype(jnp.float32))
         top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
@@ -246,8 +245,14 @@ def through_matmul(x: Any, product: Callable, y: Any, shape: Shape) -> Stats:
         entropy = log_total - (e * shifted).sum(-1) / total
         return Stats(logp, entropy, top[..., 0] + log_total, logits.mean(-1))
 
-    B, T = y.shape
     V = jax.eval_shape(product, x[0, :1]).shape[-1]
+    return by_tokens(block, (x, y), V)
+
+
+def by_tokens(block: Callable, arrays: Sequence[Any], V: int) -> Any:
+    """block(*arrays [B, C, ...]) -> a tree of [B, C, ...], of C tokens at a time, whose float32
+    logits of V words take CHUNK_BYTES; made again by the backward pass. arrays [B, T, ...]."""
+    B, T = arrays[0].shape[:2]
     most = max(MIN_TOKENS, CHUNK_BYTES // (4 * (B // _shards(B)) * V))
-    out = _over_blocks(block, (x, y), _even(T, most))
+    out = _over_blocks(jax.checkpoint(block), arrays, _even(T, most))
     return jax.tree.map(lambda a: _whole(a, T), out)

@@ -4,18 +4,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from mud_puppy.config.keys import (
-    DTYPES,
-    GPTQ_BITS,
-    GPTQ_GROUP,
-    MODEL,
-    REMOTE_CODE,
-    ROW,
-    Backend,
-    Config,
-    Precision,
-)
+from mud_puppy.config.keys import DTYPES, MODEL, REMOTE_CODE, Config, Precision
 from mud_puppy.config.output import empty, writable
+from mud_puppy.config.quantization import GPTQ_BITS, GPTQ_GROUP, ROW, Backend
 from mud_puppy.config.schema import AT_LEAST_1, AT_LEAST_2, INSIDE_1, REQUIRED, key
 from mud_puppy.config.source import flag
 from mud_puppy.errors import UserError

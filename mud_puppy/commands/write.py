@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mud_puppy.config.keys import DTYPES, MODEL, REMOTE_CODE, Stored
+from mud_puppy.config.adapters import Stored
+from mud_puppy.config.keys import DTYPES, MODEL, REMOTE_CODE
 from mud_puppy.config.output import empty
 from mud_puppy.config.schema import AT_LEAST_1, REQUIRED, key
 from mud_puppy.errors import UserError

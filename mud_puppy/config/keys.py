@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from mud_puppy.config.adapters import AdapterKeys
 from mud_puppy.config.distillation import DistillKeys
 from mud_puppy.config.preference import COUPLED, LEARNS_PROMPTS, OBJECTIVES, PreferenceKeys
+from mud_puppy.config.quantization import QuantizationKeys
 from mud_puppy.config.refused import refuse
 from mud_puppy.config.schema import (
     AT_LEAST_1,
@@ -25,12 +27,10 @@ from mud_puppy.config.schema import (
     NOT_NEGATIVE,
     POSITIVE,
     REQUIRED,
-    Limit,
     Need,
     Parser,
     key,
     keys_of,
-    names,
     shown,
     texts,
 )
@@ -42,9 +42,6 @@ Precision = Literal["bf16", "fp32", "fp16"]
 Computed = Literal["bf16", "fp32", "fp16", "fp8", "fp8-emulated"]
 Checkpointing = Literal["none", "full", "offload", "attention", "projections"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant"]
-Backend = Literal["nf4", "int4", "int8", "mxfp4", "fp8"]
-Base = Literal[Backend, "stored"]
-Stored = Literal["bf16", "fp32", "fp16", "nf4", "int4", "int8", "mxfp4"]
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "lion", "lion_8bit", "sgd", "muon"]
 DTYPES = {
     "bf16": "bfloat16",
@@ -63,36 +60,12 @@ SECTIONS = (
 )  # fmt: skip
 MODEL = "model folder, GGUF file or hub id (org/name, or org/name@revision)"
 REMOTE_CODE = "run the Python of the model's folder for config and tokenizer"
-ROW = -1  # gptq_group_size: one group, the whole row, as quantize_config.json says it
 
 _TRAINS = Need("a method other than gptq", lambda c: c.method != "gptq")
-_GPTQ = Need("method gptq", lambda c: c.method == "gptq")
-_LORA = Need("method (or tune) lora or qlora, or qat with qat_lora", lambda c: c.adapts)
 _NEW_ROWS = Need(
     "method full, or qat without qat_lora (adapters have no rows for new tokens)",
     lambda c: c.trains in ("full", "qat") and not c.adapts,
 )
-_NEW_ADAPTER = Need(
-    "a new adapter: method (or tune) lora or qlora, or qat with qat_lora, and adapter_mode stack "
-    "if adapter is set (continue keeps its own)",
-    lambda c: c.adapts and (c.adapter is None or c.adapter_mode == "stack"),
-)
-_QLORA = Need("method (or tune) qlora", lambda c: c.trains == "qlora")
-_QAT = Need("method qat", lambda c: c.method == "qat")
-_GROUPS = Need(
-    "method (or tune) qlora with quant_backend nf4, int4, int8 or fp8 (mxfp4's is 32)",
-    lambda c: c.trains == "qlora" and c.quant_backend not in ("mxfp4", "stored"),
-)
-_ENCODES = Need(
-    "method (or tune) qlora with a quant_backend that is not stored",
-    lambda c: c.trains == "qlora" and c.quant_backend != "stored",
-)
-_NF4 = Need(
-    "method (or tune) qlora with quant_backend nf4",
-    lambda c: c.trains == "qlora" and c.quant_backend == "nf4",
-)
-_ADAPTER = Need("adapter", lambda c: c.adapter is not None)
-_MERGE = Need("merge_lora", lambda c: c.merge_lora)
 _EVAL = Need("eval_dataset or eval_split", lambda c: c.eval_dataset or c.eval_split) & _TRAINS
 _NO_EVAL_SET = Need("no eval_dataset (give one of the two)", lambda c: c.eval_dataset is None)
 _NO_TOKENS = Need("no tokens_per_batch (give one of the two)", lambda c: c.tokens_per_batch is None)
@@ -119,13 +92,6 @@ _TEXTS_OUT = Need(
 )
 
 
-def _group(value: Any) -> int:
-    size = int(str(value))
-    if size < 2 and size != ROW:
-        raise ValueError
-    return size
-
-
 def _mesh(value: Any) -> str:
     """The text itself when its form is right; `parallel.make_mesh` reads it and counts devices."""
     if isinstance(value, Mapping):
@@ -143,19 +109,6 @@ def _mesh(value: Any) -> str:
     return ",".join(axis + "=" + size for axis, _, size in parts)
 
 
-def _targets(value: Any) -> str | tuple[str, ...]:
-    """Module names as a tuple; "all-linear" or a regular expression stays a text."""
-    if value == "all-linear" or not isinstance(value, str):
-        return value if isinstance(value, str) else names(value)
-    if re.fullmatch(r"[\w.,\s-]+", value):
-        return names(value)
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"as a regular expression: {error}") from None
-    return value
-
-
 def _prompts(value: Any) -> int | tuple[str, ...]:
     """A count, or the prompts themselves; a flag given once or several times arrives as a list."""
     if isinstance(value, list | tuple):
@@ -171,23 +124,18 @@ def _prompts(value: Any) -> int | tuple[str, ...]:
     return int(str(value))
 
 
-GPTQ_BITS = Limit("among 2, 3, 4 and 8", lambda v: v in (2, 3, 4, 8))
-GPTQ_GROUP = Parser("a whole number at least 2, or -1 for a whole row", _group)
 _MESH = Parser("a mesh such as data=2,fsdp=4", _mesh)
-_TARGETS = Parser("all-linear, module names or a regular expression", _targets)
 _TEXTS = Parser("a text or a list of texts", texts)
 _PROMPTS = Parser("a count or a list of prompts", _prompts)
 
 _run = partial(key, "run")
 _data = partial(key, "data")
 _train = partial(key, "training", needs=_TRAINS)
-_lora = partial(key, "LoRA")
-_quant = partial(key, "quantization")
 _devices = partial(key, "devices")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PreferenceKeys, DistillKeys):
+class Config(PreferenceKeys, DistillKeys, AdapterKeys, QuantizationKeys):
     """All keys of a run, converted and checked; make one with `Config.load`."""
 
     model: str = _run(REQUIRED, MODEL)
@@ -303,70 +251,6 @@ class Config(PreferenceKeys, DistillKeys):
     )
     early_stopping: int | None = _train(
         None, "end after this many evaluations without a better loss", AT_LEAST_1, needs=_EVAL
-    )
-
-    lora_r: int = _lora(16, "rank", AT_LEAST_1, needs=_NEW_ADAPTER)
-    lora_alpha: float = _lora(32.0, "scale: alpha / rank", POSITIVE, needs=_NEW_ADAPTER)
-    lora_dropout: float = _lora(0.0, "dropout on the adapter's input", BELOW_1, needs=_LORA)
-    lora_targets: str | tuple[str, ...] = _lora(
-        "all-linear", "modules that get an adapter", _TARGETS, needs=_NEW_ADAPTER
-    )
-    lora_rslora: bool = _lora(False, "scale: alpha / sqrt(rank)", needs=_NEW_ADAPTER)
-    lora_dora: bool = _lora(False, "train magnitudes as well (DoRA)", needs=_NEW_ADAPTER)
-    loraplus_lr_ratio: float = _lora(
-        1.0, "learning rate of B over that of A (LoRA+)", POSITIVE, needs=_LORA
-    )
-    adapter: str | None = _lora(None, "PEFT adapter folder to start from", needs=_LORA)
-    adapter_mode: Literal["continue", "stack"] = _lora(
-        "continue", "train that adapter on, or a new one on top", needs=_ADAPTER
-    )
-    merge_lora: bool = _lora(False, "write the merged model to output/merged too", needs=_LORA)
-    merge_precision: Stored | None = _lora(
-        None,
-        "type or format of the merged model; null: that of precision (bf16 for fp8)",
-        needs=_MERGE,
-    )
-
-    quant_backend: Base = _quant(
-        "nf4",
-        "format of the base model's weights; stored: the codes that its files hold",
-        needs=_QLORA,
-    )
-    quant_group: int | None = _quant(
-        None,
-        "weights that share a scale; null: 64 (nf4, int4) or a row (int8, fp8)",
-        AT_LEAST_2,
-        needs=_GROUPS,
-    )
-    quant_double: bool = _quant(True, "nf4's scales in 8 bits too", needs=_NF4)
-    quant_embeddings: bool = _quant(False, "embedding and head in int8 too", needs=_ENCODES)
-    qat_format: Literal["int8", "int4"] = _quant(
-        "int8", "format that the model is trained for", needs=_QAT
-    )
-    qat_group: int | None = _quant(
-        None, "weights that share a scale; null: a row (int8) or 64 (int4)", AT_LEAST_2, needs=_QAT
-    )
-    qat_activations: Literal["none", "int8"] = _quant(
-        "none", "round the inputs of the linears too, a scale each token", needs=_QAT
-    )
-    qat_ranges: Literal["dynamic", "learned"] = _quant(
-        "dynamic", "ranges of the weights: their largest, or trained (LSQ)", needs=_QAT
-    )
-    qat_lora: bool = _quant(False, "train adapters instead of the weights", needs=_QAT)
-    gptq_bits: int = _quant(4, "bits of a code", GPTQ_BITS, needs=_GPTQ)
-    gptq_group_size: int = _quant(
-        64, "inputs that share a scale; -1: a row", GPTQ_GROUP, needs=_GPTQ
-    )
-    gptq_actorder: bool = _quant(
-        True, "take inputs with a large Hessian diagonal first", needs=_GPTQ
-    )
-    gptq_damp_percent: float = _quant(
-        0.01, "share of the Hessian's mean diagonal that is added to it", INSIDE_1, needs=_GPTQ
-    )
-    gptq_symmetric: bool = _quant(True, "no zero points but the middle", needs=_GPTQ)
-    gptq_awq: bool = _quant(False, "enlarge inputs that matter first (AWQ)", needs=_GPTQ)
-    gptq_samples: int = _quant(
-        128, "rows of the dataset that are observed, drawn by seed", AT_LEAST_1, needs=_GPTQ
     )
 
     mesh: str | None = _devices(None, "axes and sizes (null: fsdp over all local devices)", _MESH)

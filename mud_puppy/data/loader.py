@@ -64,8 +64,9 @@ def collate_taught(
         at = 0
         for taught in row:
             end = at + taught.size
-            batch["teacher_ids"][b, at:end] = taught.ids
-            batch["teacher_logps"][b, at:end] = taught.logps
+            # Nothing follows the last token, whatever its row says.
+            batch["teacher_ids"][b, at : end - 1] = taught.ids[:-1]
+            batch["teacher_logps"][b, at : end - 1] = taught.logps[:-1]
             at = end
     return batch
 

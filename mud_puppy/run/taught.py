@@ -5,7 +5,7 @@ A sequence of the run finds its own in the file by its tokens, wherever it stand
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -25,7 +25,14 @@ from mud_puppy.model.tensors import write_safetensors
 from mud_puppy.run.datasets import RunData
 from mud_puppy.run.prepare import put_batch
 from mud_puppy.run.scores import likeliest
-from mud_puppy.run.teacher import TYPES, Teacher, check_teacher, load_teacher, taught_header
+from mud_puppy.run.teacher import (
+    TENSORS,
+    TYPES,
+    Teacher,
+    check_teacher,
+    load_teacher,
+    taught_header,
+)
 
 MORE_THAN_ALL = 1 + 1e-3  # a sum of probabilities that is no rounding
 
@@ -38,7 +45,7 @@ class Taught:
     ids: Int[np.ndarray, "N k"]
     logprobs: Float[np.ndarray, "N k"]
     starts: dict[bytes, int]
-    temperature: float
+    temperature: np.float32
 
 
 def with_teacher(config: Config, data: RunData, words: int, tokenizer: Any, mesh: Mesh) -> RunData:
@@ -63,7 +70,7 @@ def with_teacher(config: Config, data: RunData, words: int, tokenizer: Any, mesh
             return data
         _write(config, load_teacher(config, mesh), path, data.train, examples, words)
     taught = read_taught(path)
-    if taught.temperature != config.distill_temperature:
+    if taught.temperature != np.float32(config.distill_temperature):
         raise UserError(
             f"teacher_logits {path}: is of temperature {taught.temperature:g}, and "
             f"distill_temperature is {config.distill_temperature:g}; they must be the same"
@@ -76,11 +83,10 @@ def read_taught(path: Path) -> Taught:
     """A file; UserError for one that is not of the form."""
     header = taught_header(path)
     found = {
-        name: np.memmap(path, TYPES[entry.dtype], "r", entry.start, entry.shape)
+        name: np.asarray(np.memmap(path, TYPES[entry.dtype], "r", entry.start, entry.shape))
         for name, entry in header.items()
     }
-    tokens, offsets = np.asarray(found["tokens"]), np.asarray(found["offsets"])
-    ids, logprobs = np.asarray(found["ids"]), np.asarray(found["logprobs"])
+    tokens, offsets, ids, logprobs = (found[name] for name in TENSORS)
     if ids.shape != logprobs.shape or len(ids) != len(tokens):
         raise UserError(
             f"teacher_logits {path}: ids {ids.shape} and logprobs {logprobs.shape} must have one "
@@ -92,7 +98,7 @@ def read_taught(path: Path) -> Taught:
             f"{len(tokens)}"
         )
     starts = {tokens[a:b].tobytes(): int(a) for a, b in pairwise(offsets)}
-    temperature = float(found["temperature"].ravel()[0]) if "temperature" in found else 1.0
+    [temperature] = found.get("temperature", np.ones(1, np.float32))
     return Taught(ids, logprobs, starts, temperature)
 
 
@@ -150,8 +156,7 @@ def _write(
         pack=loader.pack,
         shuffle=False,
     )
-    sizes = [example.size for example in loader.examples]
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    offsets = np.cumsum([0, *(example.size for example in loader.examples)])
     k = min(config.distill_top_k, words)
     shape = (int(offsets[-1]), k)
     parts = [path.with_name(f"{path.name}.{name}.tmp") for name in ("ids", "logprobs", "whole")]
@@ -159,16 +164,11 @@ def _write(
         path.parent.mkdir(parents=True, exist_ok=True)
         ids = np.memmap(parts[0], np.int32, "w+", shape=shape)
         logprobs = np.memmap(parts[1], np.float32, "w+", shape=shape)
-        for rows, *found in _asked(config, teacher, loader, k, words):
-            for row, *of_row in zip(rows, *found, strict=False):  # the rest fills the batch
-                at = 0
-                for i in loader.rows[row]:
-                    here, end = slice(offsets[i], offsets[i + 1]), at + sizes[i]
-                    ids[here], logprobs[here] = (x[at:end] for x in of_row)
-                    at = end
+        for i, *found in _asked(config, teacher, loader, k, words):
+            ids[offsets[i] : offsets[i + 1]], logprobs[offsets[i] : offsets[i + 1]] = found
         tensors = {
             "tokens": np.concatenate([example.tokens for example in loader.examples]),
-            "offsets": offsets,
+            "offsets": offsets.astype(np.int64),
             "ids": ids,
             "logprobs": logprobs,
             "temperature": np.array([config.distill_temperature], np.float32),
@@ -185,12 +185,17 @@ def _write(
 
 def _asked(
     config: Config, teacher: Teacher, loader: Loader, k: int, words: int
-) -> Iterable[tuple[range, np.ndarray, np.ndarray]]:
-    """(numbers of rows, ids [B, T, k], log-probabilities [B, T, k]) of all batches."""
+) -> Iterator[tuple[int, Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]]:
+    """(its number, ids, log-probabilities) of every example."""
     mesh, count, need = jax.sharding.get_mesh(), len(loader.rows), loader.batch_size
     ask = jax.jit(partial(likeliest, k=k, words=words, temperature=config.distill_temperature))
     for first in tqdm(range(0, count, need), "teacher", unit="batch", disable=None):
         rows = range(first, min(first + need, count))
         batch = put_batch(loader.batch_of(rows), mesh)
-        ids, logps = ask(teacher, {name: x[0] for name, x in batch.items()})
-        yield rows, np.asarray(ids), np.asarray(logps)
+        found = ask(teacher, {name: x[0] for name, x in batch.items()})
+        for row, ids, logps in zip(rows, *map(np.asarray, found), strict=False):  # the rest fills
+            at = 0
+            for i in loader.rows[row]:
+                end = at + loader.examples[i].size
+                yield i, ids[at:end], logps[at:end]
+                at = end

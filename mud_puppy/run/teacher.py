@@ -98,7 +98,10 @@ def taught_header(path: Path) -> dict[str, Entry]:
         if entry is None or (entry.dtype, len(entry.shape)) != (kind, rank) or 0 in entry.shape:
             shape = " x ".join(("tokens", "k")[:rank])
             raise UserError(f"teacher_logits {path}: has no tensor {name}, {kind} of {shape}")
-    return header
+    known = {name: header[name] for name in (*TENSORS, "temperature") if name in header}
+    if "temperature" in known and known["temperature"].shape != (1,):
+        raise UserError(f"teacher_logits {path}: temperature is not one number, F32 of 1")
+    return known
 
 
 def top_k_of(config: Config) -> int:

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 import mud_puppy as mp
 from mud_puppy.cli import main
 from mud_puppy.config import DTYPES, Config
-from mud_puppy.config.keys import GPTQ_BITS
+from mud_puppy.config.quantization import GPTQ_BITS
 from mud_puppy.data import Example, Loader
 from mud_puppy.gptq import gptq_options, observed
 from mud_puppy.kernels import Quantized

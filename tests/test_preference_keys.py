@@ -80,6 +80,10 @@ def test_losses_that_mean_nothing(value: Any, words: str) -> None:
         ({"f_alpha": 0.3}, "f_divergence alpha_divergence"),
         ({"preference": "kto", "gradient_accumulation": 2}, "kto compares the answers of a batch"),
         ({"preference": "aot", "gradient_accumulation": 2}, "aot compares the answers of a batch"),
+        (
+            {"preference": "kto", "batch_size": 1, "pack_sequences": False},
+            "kto compares .* has one",
+        ),
         ({"method": "rm", "reward": "labels", "reward_centering": 0.1}, "method rm on pairs"),
         ({"method": "rm", "sample_prompts": 2}, "a method that gives texts"),
         ({"precision": "fp8"}, "method preference has no float8 products"),

@@ -383,6 +383,11 @@ def _check_together(config: Config, given: dict[str, Given]) -> None:
             "batch with each other, so that its loss is not that of the parts added up; use a "
             "larger batch_size."
         )
+    if coupled and config.batch_size == 1 and not config.pack_sequences:
+        raise UserError(
+            f"{given['batch_size'].label}: {min(coupled)} compares the answers of a batch with "
+            "each other, and a batch of 1 without packing has one; use a larger batch_size."
+        )
     if config.max_steps is not None and config.warmup_steps > config.max_steps:
         raise UserError(
             f"{given['warmup_steps'].label}: {config.warmup_steps} is more than max_steps "

@@ -78,7 +78,7 @@ def _of_messages(row: Columns, where: str) -> tuple[Chat, Chat]:
     told = [turn.message for turn in asked]
     if all([t.message for t in turns[: len(told)]] == told for turns in (chosen, rejected)):
         chosen, rejected = chosen[len(told) :], rejected[len(told) :]
-        _check_answers(chosen, rejected, where)
+    _check_answers(chosen, rejected, where)
     return _chats(asked, chosen, rejected, Chat((), where, tools))
 
 
@@ -106,8 +106,8 @@ def _check_answers(chosen: Turns, rejected: Turns, where: str) -> None:
             )
         if turns[0].role != "assistant":
             raise UserError(
-                f"{where}: after the messages that both have, {name} goes on with the role "
-                f"{turns[0].role}; only answers of the assistant can be compared"
+                f"{where}: after the prompt, {name} goes on with the role {turns[0].role}; only "
+                "answers of the assistant can be compared"
             )
 
 

@@ -152,7 +152,7 @@ def _answered(row: Columns, where: str) -> Chat:
     """A conversation in which only the answer is trained on: the completion, or the last
     message."""
     if "messages" not in row:
-        return completed(row, where)
+        return _answer_alone(completed(row, where), row, where)
     turns = as_turns(row["messages"], f"{where}: messages")
     if turns[-1].role != "assistant":
         raise UserError(
@@ -161,6 +161,17 @@ def _answered(row: Columns, where: str) -> Chat:
         )
     asked = tuple(Turn(turn.message, train=False) for turn in turns[:-1])
     return Chat((*asked, turns[-1]), where, as_tools(row, where))
+
+
+def _answer_alone(chat: Chat, row: Columns, where: str) -> Chat:
+    """The chat; UserError where its completion begins with messages that are the prompt's."""
+    first = 1 if isinstance(row["prompt"], str) else len(row["prompt"])
+    if (role := chat.turns[first].role) != "assistant":
+        raise UserError(
+            f"{where}: completion begins with the role {role}; it must be the assistant's answer "
+            "alone, without the messages of the prompt"
+        )
+    return chat
 
 
 def _need(row: Columns, needs: tuple[tuple[str, ...], ...], where: str) -> None:

@@ -90,10 +90,10 @@ def distill(
     """
     weights = batch["weights"]
     count = weights.sum()
-    divergence = (scores["divergence"] * weights).sum()
+    divergence = (jnp.where(weights != 0, scores["divergence"], 0.0) * weights).sum()
     if not sft:
         return divergence / weight_sum, {"loss": (divergence, count)}
-    nll = -(scores["logps"] * weights).sum()
+    nll = -(jnp.where(weights != 0, scores["logps"], 0.0) * weights).sum()
     total = divergence + sft * nll
     parts = {"divergence": (divergence, count), "nll": (nll, count)}
     return total / weight_sum, {"loss": (total, count)} | parts

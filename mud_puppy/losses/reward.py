@@ -73,7 +73,8 @@ def process_reward(
     >>> round(float(process_reward(scores, batch, jnp.array(1.0))[0]), 4)  # log 2
     0.6931
     """
-    weights, labels, logits = batch["weights"], batch["labels"], scores["logits"]
+    weights, labels = batch["weights"], batch["labels"]
+    logits = jnp.where(weights[..., None] != 0, scores["logits"], 0.0)
     logps = jax.nn.log_softmax(logits, axis=-1)
     losses = -jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
     right = (logits.argmax(-1) == labels).astype(jnp.float32)

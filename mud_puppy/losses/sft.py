@@ -1,5 +1,6 @@
 """Supervised fine-tuning: cross-entropy on the tokens that carry weight."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Metrics = dict[str, tuple[Array, Array]]
@@ -24,7 +25,8 @@ def sft(
     2.0
     """
     weights = batch["weights"]
-    total = -(scores["logps"] * weights).sum()
-    entropy = (scores["entropy"] * weights).sum()
+    logps, entropies = (jnp.where(weights != 0, scores[name], 0.0) for name in ("logps", "entropy"))
+    total = -(logps * weights).sum()
+    entropy = (entropies * weights).sum()
     count = weights.sum()
     return total / weight_sum, {"loss": (total, count), "entropy": (entropy, count)}

@@ -11,6 +11,7 @@ from mud_puppy.data import (
     AnyExample,
     EncodeOptions,
     Loader,
+    RatedExample,
     batch_size_for,
     read_rows,
     row_length,
@@ -89,6 +90,8 @@ def _loader(
     kind = kind_of(config, json.loads(arch.config).get("pad_token_id"))
     data = kind.encode(rows, tokenizer, encode_options(config))
     check_fit(data.examples, config.max_seq_length, arch, tokenizer)
+    if kind.kl and arch.learned_positions:
+        _check_mixed(data.examples, arch.max_positions)
     for line in data.report.lines():
         log.warning("%s: %s", what, line)
     length = row_length(data.examples, config.max_seq_length, config.pack_sequences)
@@ -140,6 +143,20 @@ def rows_of(config: Config, length: int, batch_devices: int) -> int:
             f"make it a multiple of {batch_devices}, or name fewer devices with --mesh"
         )
     return config.batch_size
+
+
+def _check_mixed(examples: Sequence[RatedExample], most: int) -> None:
+    """A prompt with another's answer must have positions, too: a lookup beyond them would take the
+    last one, without a word."""
+    asked = max(examples, key=lambda example: example.shared)
+    answered = max(examples, key=lambda example: example.size - example.shared)
+    answer = answered.size - answered.shared
+    if asked.shared + answer > most:
+        raise UserError(
+            f"preference kto: the prompt of {asked.where} ({asked.shared} tokens) may meet the "
+            f"answer of {answered.where} ({answer}), but the model has {most} positions; set "
+            f"max_seq_length to at most {most // 2}"
+        )
 
 
 def check_fit(

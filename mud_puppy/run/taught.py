@@ -4,6 +4,7 @@ writes once, before the training, where it is missing: no step then needs the te
 A sequence of the run finds its own in the file by its tokens, wherever it stands there.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from mud_puppy.run.teacher import (
     taught_header,
 )
 
+log = logging.getLogger("mud_puppy")
 MORE_THAN_ALL = 1 + 1e-3  # a sum of probabilities that is no rounding
 
 
@@ -75,6 +77,10 @@ def with_teacher(config: Config, data: RunData, words: int, tokenizer: Any, mesh
             f"teacher_logits {path}: is of temperature {taught.temperature:g}, and "
             f"distill_temperature is {config.distill_temperature:g}; they must be the same"
         )
+    log.info(
+        "teacher_logits %s: %d tokens after each of %d are read, the teacher is not asked",
+        path, taught.ids.shape[1], len(taught.ids),
+    )  # fmt: skip
     train, *held = (_with(loader, path, taught, words) for loader in loaders)
     return replace(data, train=train, evaluation=held[0] if held else None)
 

@@ -115,6 +115,11 @@ BAD_PAIRS = [
     ({"prompt": [Q], "chosen": [Q], "rejected": [Q, BAD]}, "chosen has no answer"),
     ({"chosen": [Q, user("x"), GOOD], "rejected": [Q, BAD]}, "chosen goes on with the role user"),
     (
+        {"prompt": [HISTORY[0], Q], "chosen": [Q, GOOD], "rejected": [Q, BAD]},
+        "after the prompt, chosen goes on with the role user; only answers of the assistant",
+    ),
+    ({"prompt": [Q], "chosen": [GOOD], "rejected": [Q, BAD]}, "rejected goes on with the role us"),
+    (
         {"prompt": "other", "chosen": [Q, GOOD], "rejected": [Q, BAD]},
         "prompt is none of the messages that chosen and rejected both begin with; leave it out",
     ),
@@ -135,6 +140,10 @@ BAD_UNPAIRED = [
     ({"prompt": "q", "completion": "a", "label": 2}, "label must be true or false (or 1 or 0), no"),
     ({"prompt": "q", "completion": "a", "label": "good"}, "not 'good'"),
     ({"prompt": "q", "completion": [GOOD], "label": 1}, "prompt and completion must both be text"),
+    (
+        {"prompt": [Q], "completion": [Q, GOOD], "label": 1},
+        "completion begins with the role user; it must be the assistant's answer alone",
+    ),
     ({"messages": [Q], "label": 1}, "messages must end with the assistant's message that has the"),
     ({"chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
 ]

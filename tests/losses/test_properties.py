@@ -80,6 +80,32 @@ def test_filling_has_no_effect(name: str, filling: float) -> None:
         np.testing.assert_allclose(other[n][0] / other[n][1], total / count, rtol=1e-5, atol=1e-7)
 
 
+TOKENS = {
+    "sft": (losses.sft, {"logps": (), "entropy": ()}),
+    "distill": (partial(losses.distill, sft=0.5), {"divergence": (), "logps": ()}),
+    "process_reward": (losses.process_reward, {"logits": (2,)}),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("filling", [np.nan, np.inf, -np.inf])
+def test_tokens_without_weight_have_no_effect(name: str, filling: float) -> None:
+    loss, shapes = TOKENS[name]
+    weights = jnp.array([[1.0, 0.0, 1.0]])
+    batch = {"weights": weights, "labels": jnp.array([[1, 0, 0]])}
+
+    def value(scores: Any) -> Any:
+        return loss(scores, batch, jnp.float32(2))
+
+    rng = np.random.default_rng(0)
+    scores = {n: jnp.float32(rng.normal(size=(1, 3, *own))) for n, own in shapes.items()}
+    wanted = value(scores)
+    filled = {n: x.at[:, 1].set(filling) for n, x in scores.items()}
+    found, grad = jax.value_and_grad(value, has_aux=True)(filled)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert all(np.isfinite(x).all() and not x[:, 1].any() for x in grad.values())
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_reference_gets_no_gradient(name: str) -> None:
     scores, batch = pairs(5)

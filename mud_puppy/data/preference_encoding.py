@@ -50,8 +50,15 @@ def encode_pairs(
 def encode_rated(
     rows: Sequence[RatedRow | PairRow], tokenizer: Tokenizer, options: EncodeOptions
 ) -> Dataset[RatedExample]:
-    """Answers with labels; a pair gives two, the chosen one labelled 1, the rejected one 0."""
-    return encode(rows, tokenizer, options, Task(plan_answers, make_rated))
+    """Answers with labels; a pair gives two, the chosen one labelled 1, the rejected one 0.
+
+    With pairs among the rows all wanted answers come first, as in TRL: neighbours, whose answers
+    KTO mixes, then have other prompts.
+    """
+    data = encode(rows, tokenizer, options, Task(plan_answers, make_rated))
+    if not any(isinstance(row, PairRow) for row in rows):
+        return data
+    return replace(data, examples=tuple(sorted(data.examples, key=lambda one: -one.label)))
 
 
 def encode_steps(

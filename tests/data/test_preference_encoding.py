@@ -112,6 +112,23 @@ def test_answers_that_become_the_same_are_a_bad_row(make):
     assert pairs(make("chatml"), row).examples
 
 
+def test_answers_of_one_pair_are_no_neighbours(make):
+    """KTO mixes the answers of neighbours."""
+    tokenizer = make("chatml")
+    rows = [convert_unpaired(TEXTS, f"a:{i}")[0] for i in range(1, 4)]
+    found = encode_rated(rows, tokenizer, EncodeOptions()).examples
+    assert [(one.where, one.label) for one in found] == [
+        *((f"a:{i}", 1.0) for i in range(1, 4)),
+        *((f"a:{i}", 0.0) for i in range(1, 4)),
+    ]
+    alone = [
+        convert_unpaired({"prompt": "q", "completion": "a", "label": i % 2}, f"b:{i}")[0]
+        for i in range(3)
+    ]
+    kept = encode_rated(alone, tokenizer, EncodeOptions()).examples
+    assert [one.where for one in kept] == ["b:0", "b:1", "b:2"]
+
+
 @pytest.mark.parametrize("template", [None, "chatml", "llama3"])
 def test_only_the_prompt_is_cut(make, template):
     """One token less each time: the BOS and both answers stay whole, until a BOS and the longer

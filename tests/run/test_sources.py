@@ -69,7 +69,7 @@ def evaluated(run: Prepared, held: Loader) -> dict[str, float]:
         return run.evaluate(run.state, (held.batch_of(rows) for _, rows in apart), names)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["rm", "prm"])
 def test_figures_of_a_source_are_those_of_its_rows_alone(
     made: Any, method: str, packed: bool

@@ -101,6 +101,7 @@ def test_files_that_are_not_of_this_run(run: Any, whole: Any, tmp_path: Path) ->
         run(**keys)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_its_file(run: Any, tmp_path: Path) -> None:
     keys = {"teacher_logits": str(tmp_path / "t.safetensors"), "save_steps": 2, "distill_top_k": 8}
     keys |= {"distill_temperature": 0.9}

@@ -109,7 +109,7 @@ def apart(one: list[float], other: list[float]) -> float:
 
 # TRL's, of what transformers has renamed.
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("beta", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_ten_steps_are_trls(
     beta: float, chat_model: Path, teacher: Path, examples: Any, tmp_path: Path
 ) -> None:

@@ -41,8 +41,7 @@ class Kind:
     """convert: of `data.read_rows`; encode(rows, tokenizer, options) -> Dataset; collate: of
     `data.Loader`. kl: whether batches hold each prompt with another's answer too. sequences: of
     max_seq_length tokens, that an example may have. cached: whether the reference's
-    log-probabilities come with them (`run.cached`). top_k: how many of a teacher's tokens do
-    (`run.taught`)."""
+    log-probabilities come with them (`run.cached`)."""
 
     convert: Callable[[Any, str], tuple[Any, frozenset[str]]]
     encode: Callable[..., Dataset]
@@ -50,7 +49,6 @@ class Kind:
     kl: bool = False
     sequences: int = 1
     cached: bool = False
-    top_k: int = 0
 
     def collate_of(self, examples: Sequence[Any]) -> Collate:
         """`collate`, for batches of these examples."""
@@ -64,8 +62,6 @@ class Kind:
         # A prompt may meet an answer that is as long as its own sequence.
         kl = {"kl_length": 2 * length} if self.kl else {}
         row = self.collate([[]], length, 1, **kl)
-        if self.top_k:
-            return collate_taught([[]], length, k=self.top_k)
         return row | ({"reference_logps": np.zeros_like(row["weights"])} if self.cached else {})
 
 
@@ -86,7 +82,9 @@ def kind_of(config: Config, pad_token_id: int | None = None) -> Kind:
         return Kind(converter, *_pairs(config, pad_token_id=pad_token_id), sequences=2)
     if config.method == "prm":
         return Kind(convert_steps, encode_steps, collate_steps)
-    return Kind(convert, encode, collate_sft, top_k=top_k_of(config))
+    # With a teacher's words the examples come by `run.taught`.
+    k = top_k_of(config)
+    return Kind(convert, encode, partial(collate_taught, k=k) if k else collate_sft)
 
 
 def _pairs(config: Config, **options: Any) -> tuple[Callable, Callable]:

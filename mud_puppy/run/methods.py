@@ -20,7 +20,6 @@ from mud_puppy.run.scores import (
     score_rewards,
     score_steps,
     score_tokens,
-    score_top_k,
 )
 
 
@@ -62,7 +61,7 @@ def method_of(config: Config) -> Method:
 
 def _distillation(config: Config) -> Method:
     score = partial(
-        score_distilled if config.asks_teacher else score_top_k,
+        score_distilled,
         beta=config.distill_beta,
         temperature=config.distill_temperature,
         supervised=config.distill_sft > 0,

@@ -97,7 +97,7 @@ def score_steps(
 def score_distilled(
     model: Model,
     params: Tree,
-    reference: Teacher,
+    reference: Teacher | None,
     batch: Batch,
     run_layers: Callable,
     *,
@@ -105,43 +105,25 @@ def score_distilled(
     temperature: float,
     supervised: bool = False,
 ) -> Scores:
-    """Of every token "divergence" [B, T], `generalized_jsd` from the teacher's distribution over
-    the words that both models have; supervised: "logps" of the targets too."""
+    """Of every token "divergence" [B, T]: from the teacher's distribution over the words that both
+    models have (`generalized_jsd`), or from the k words of it that the batch names (`top_k_jsd`).
+    supervised: "logps" of the targets too."""
     hidden, aux = _hidden(model, params, batch, run_layers)
-    theirs, _ = _hidden(reference.model, reference.params, batch, run_layers)
-    divergence = over_tokens(
-        partial(generalized_jsd, beta=beta, temperature=temperature),
-        (hidden, theirs),
-        (head(params), head(reference.params)),
-        (model.arch.logit_softcap, reference.model.arch.logit_softcap),
-    )
-    scores = {"divergence": divergence, "aux": aux}
-    return scores | (_supervised(model, params, hidden, batch) if supervised else {})
-
-
-def score_top_k(
-    model: Model,
-    params: Tree,
-    reference: Tree,
-    batch: Batch,
-    run_layers: Callable,
-    *,
-    beta: float,
-    temperature: float,
-    supervised: bool = False,
-) -> Scores:
-    """`score_distilled` by `top_k_jsd`, from the batch's teacher_ids and teacher_logps
-    [B, T, k]."""
-    hidden, aux = _hidden(model, params, batch, run_layers)
-    divergence = over_tokens(
-        partial(top_k_jsd, beta=beta, temperature=temperature),
-        (hidden,),
-        (head(params),),
-        (model.arch.logit_softcap,),
-        (batch["teacher_ids"], batch["teacher_logps"]),
-    )
-    scores = {"divergence": divergence, "aux": aux}
-    return scores | (_supervised(model, params, hidden, batch) if supervised else {})
+    measure, states, heads, arrays = top_k_jsd, [hidden], [head(params)], ()
+    softcaps = [model.arch.logit_softcap]
+    if reference is None:
+        arrays = batch["teacher_ids"], batch["teacher_logps"]
+    else:
+        measure = generalized_jsd
+        states.append(_hidden(reference.model, reference.params, batch, run_layers)[0])
+        heads.append(head(reference.params))
+        softcaps.append(reference.model.arch.logit_softcap)
+    block = partial(measure, beta=beta, temperature=temperature)
+    scores = {"divergence": over_tokens(block, states, heads, softcaps, arrays), "aux": aux}
+    if not supervised:
+        return scores
+    logps, _ = token_logps(hidden, heads[0], batch["targets"], softcap=softcaps[0])
+    return scores | {"logps": logps}
 
 
 def likeliest(
@@ -158,13 +140,6 @@ def likeliest(
     hidden, _ = _hidden(teacher.model, teacher.params, batch, scan_layers)
     softcap = teacher.model.arch.logit_softcap
     return over_tokens(block, (hidden,), (head(teacher.params),), (softcap,))
-
-
-def _supervised(
-    model: Model, params: Tree, hidden: Float[Array, "B T D"], batch: Batch
-) -> dict[str, Float[Array, "B T"]]:
-    softcap = model.arch.logit_softcap
-    return {"logps": token_logps(hidden, head(params), batch["targets"], softcap=softcap)[0]}
 
 
 def _hidden(

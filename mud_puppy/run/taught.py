@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from mud_puppy.config import Config
+from mud_puppy.config import KEYS, Config
 from mud_puppy.data import Example, Loader, TaughtExample, collate_taught
 from mud_puppy.errors import UserError, nearest_file
 from mud_puppy.model.tensors import write_safetensors
@@ -77,9 +77,15 @@ def with_teacher(config: Config, data: RunData, words: int, tokenizer: Any, mesh
             f"teacher_logits {path}: is of temperature {taught.temperature:g}, and "
             f"distill_temperature is {config.distill_temperature:g}; they must be the same"
         )
+    k, asked = taught.ids.shape[1], config.distill_top_k
+    if asked not in (KEYS["distill_top_k"].default, k) and k < words:
+        raise UserError(
+            f"teacher_logits {path}: has {k} tokens after each, and distill_top_k is {asked}; "
+            "leave it out, or name another file for the teacher to write"
+        )
     log.info(
         "teacher_logits %s: %d tokens after each of %d are read, the teacher is not asked",
-        path, taught.ids.shape[1], len(taught.ids),
+        path, k, len(taught.ids),
     )  # fmt: skip
     train, *held = (_with(loader, path, taught, words) for loader in loaders)
     return replace(data, train=train, evaluation=held[0] if held else None)

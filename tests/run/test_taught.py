@@ -96,6 +96,9 @@ def test_files_that_are_not_of_this_run(run: Any, whole: Any, tmp_path: Path) ->
         save_file(bad, path)
         with pytest.raises(mp.UserError, match=words):
             run(**keys)
+    save_file(held | {name: held[name][:, :3].copy() for name in ("ids", "logprobs")}, path)
+    with pytest.raises(mp.UserError, match="has 3 tokens after each, and distill_top_k is 16"):
+        run(**(keys | {"teacher": str(whole[0].parent / "teacher"), "distill_top_k": 16}))
     path.unlink()
     with pytest.raises(mp.UserError, match=r"no such file.*Give the teacher"):
         run(**keys)

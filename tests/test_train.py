@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -112,11 +113,12 @@ def test_early_stopping_keeps_the_best_weights(config, tmp_path):
     evals = {row["step"]: row["eval_loss"] for row in metrics(result.output) if "eval_loss" in row}
     evals.pop(0)
     assert result.steps == min(evals, key=evals.__getitem__)
-    again = mp.train(
-        config
-        | {"output": str(tmp_path / "short"), "max_steps": result.steps, "lr_scheduler": "constant"}
-    )
-    assert again.steps == result.steps
+    del config["lora_r"]
+    more = {"output": str(tmp_path / "more"), "adapter": str(result.output), "max_steps": 1}
+    again = mp.train(config | more)
+    first = next(row["eval_loss"] for row in metrics(again.output) if "eval_loss" in row)
+    np.testing.assert_allclose(first, evals[result.steps], rtol=1e-5)
+    assert abs(evals[max(evals)] / first - 1) > 1e-3, "the last weights are not the best"
 
 
 def test_a_signal_keeps_the_last_state_not_the_best(config, monkeypatch, caplog):
@@ -272,7 +274,8 @@ def test_every_recipe_trains(recipe, config, pairs):
 
 def start(config_file, *flags):
     command = [sys.executable, "-m", "mud_puppy.train", "--config", str(config_file), *flags]
-    env = os.environ | {"XLA_FLAGS": ""}
+    one_device = re.sub(r"--xla_force_host\S+", "", os.environ["XLA_FLAGS"])
+    env = os.environ | {"XLA_FLAGS": one_device}
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
@@ -309,7 +312,7 @@ def killed_and_resumed(config, tmp_path, kills):
 
 
 def test_killed_and_resumed_is_bit_identical(config, tmp_path):
-    killed_and_resumed(config, tmp_path, kills=3)
+    killed_and_resumed(config, tmp_path, kills=2)
 
 
 @pytest.mark.slow

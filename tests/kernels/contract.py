@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-# Of a test that draws shapes: eight parts of six draws. Hypothesis begins each part with the
-# simplest shape, so that forty-one differ.
-PARTS = range(8)
+# Of a test that draws shapes: eight parts of six draws, four of them by default. Hypothesis begins
+# each part with the simplest shape, so that forty-one differ of all.
+PARTS = [*range(4), *(pytest.param(i, marks=pytest.mark.slow) for i in range(4, 8))]
 
 
 def results(f: Callable, args: tuple, cotangents: Any) -> list:

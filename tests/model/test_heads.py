@@ -459,7 +459,7 @@ def test_merged_and_in_codes(tmp_path: Path) -> None:
     own = adapted(plain)
     save_merged(model, own, tmp_path / "merged", dtype="float32")
     theirs = AUTO["sequence"].from_pretrained(tmp_path / "merged").eval()
-    assert difference(of_torch(theirs), ours(model, own)) < 1e-5
+    assert difference(of_torch(theirs), ours(model, own)) < 5e-5
     coded = quantize(plain, "int8")
     save_quantized(model, coded, tmp_path / "int8", dtype="float32")
     config = json.loads((tmp_path / "int8/config.json").read_text())

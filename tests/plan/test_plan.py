@@ -44,6 +44,7 @@ def test_the_json_has_what_programs_read(config, capsys):
     assert found["max_seq_length_offloaded"] >= 0.95 * found["max_seq_length"]
 
 
+@pytest.mark.slow
 def test_what_the_search_finds_fits_and_one_more_does_not(config):
     found = plan(config, "cpu", memory_gib=0.004)
     assert found.fits and found.max_batch_size < 1024

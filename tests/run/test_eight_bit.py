@@ -130,6 +130,7 @@ def test_three_hundred_steps_of_adamw_reach_the_same_loss(wide, curve):
     assert np.abs(curve - losses).max() > 0, "the same states"
 
 
+@pytest.mark.slow
 def test_two_hundred_of_lion_too(wide):
     ours, losses = (train(wide, o, 200, learning_rate=3e-4)[0] for o in ("lion_8bit", "lion"))
     assert losses[-30:].mean() < 0.8 * losses[0]

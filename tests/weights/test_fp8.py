@@ -61,8 +61,9 @@ def loss_of(model, train, frozen, tokens):
 
 
 def trained(model, params, steps=6, tokens=TOKENS):
+    """Plain descent: Adam's first steps have the gradient's sign, and with it its rounding."""
     train, frozen = partition(params)
-    tx = optax.adam(1e-2)
+    tx = optax.sgd(0.1)
 
     @jax.jit
     def step(train, state, frozen, tokens):
@@ -221,7 +222,7 @@ def test_eight_devices_train_as_one(tiny, lora, spec):
     placed = jax.device_put(ours, places)
     with jax.set_mesh(mesh):
         got, after = trained(model, placed, steps=3)
-    np.testing.assert_allclose(got, want, rtol=1e-3)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
     split = [x for x in jax.tree.leaves(after) if not x.sharding.is_fully_replicated]
     assert len(split) > 7
 
